@@ -1,0 +1,1 @@
+"""electra_jax: pretrain ELECTRA encoders in JAX and Flax."""
