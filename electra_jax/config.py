@@ -109,13 +109,26 @@ def get_config() -> ml_collections.ConfigDict:
     return c
 
 
-def reference(c: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """Switches every quirk of the original's code on (facts of google-research/electra)."""
-    c.objective.distinct_positions = False
-    c.objective.mask_token_prob = 0.85
+def reference(c: ml_collections.ConfigDict) -> None:
+    """Switches every quirk of the original's code on (read in google-research/electra)."""
+    c.objective.distinct_positions = False    # draws collide, and colliding ids are averaged
+    c.objective.mask_token_prob = 0.85        # the paper's text says 1.0
     c.objective.sampler = "gumbel"
-    c.data.pack = False
+    c.data.pack = False                       # a document's last sequence is padded
     c.optimizer.bias_correction = False
+
+
+def apply_variants(c: ml_collections.ConfigDict, names: str, variants: dict | None = None) -> ml_collections.ConfigDict:
+    """Applies the comma-separated variants behind the colon of `--config=FILE:VARIANT` and returns `c`.
+
+    Every config knows `reference`; `variants` maps further names to functions that change the config.
+    Raises UserError for an unknown name.
+    """
+    variants = {"reference": reference} | (variants or {})
+    for name in filter(None, names.split(",")):
+        if name not in variants:
+            raise UserError(f"--config=...:{name} is not a variant of this config: choose from {', '.join(variants)}.")
+        variants[name](c)
     return c
 
 

@@ -1,0 +1,394 @@
+"""Checkpoints: written in the background, verified when read, usable without the training code.
+
+Orbax is wrapped here and nowhere else. It neither notices a flipped byte in an array nor falls back
+to an older step (orbax-checkpoint 0.12.8), so each step carries a table of its leaves with a CRC32 each.
+A step folder holds the items `state` (arrays), `index` (the table), `meta` and `tokenizer` (JSON).
+"""
+
+import base64
+import concurrent.futures
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import sys
+import time
+import warnings
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from jax.experimental import multihost_utils
+
+from electra_jax.config import UserError
+
+PyTree = Any
+_ITEMS = ("index", "meta", "tokenizer")
+_PACKAGES = ("electra_jax", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
+_INDEX_VERSION = 1
+
+
+class _Damaged(Exception):
+    """A step whose files do not hold what was saved."""
+
+
+def _warn(text: str) -> None:
+    if jax.process_index() == 0:
+        print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
+def _one_line(error: BaseException) -> str:
+    lines = str(error).splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"[:200]
+
+
+def _hide_orbax_noise() -> None:
+    """Hides what Orbax tells about a failure besides raising it: we tell each in one line.
+
+    That is log records with tracebacks, "Event loop is closed" from writes that outlive their event loop, and
+    coroutines that are dropped half way. Verbose logging (absl at INFO) shows the records.
+    """
+    logging.getLogger("absl").addFilter(_is_not_orbax)   # adding it twice adds it once
+    warnings.filterwarnings("ignore", message="coroutine '_read_array_index_and_device_put' was never awaited")
+    previous = sys.unraisablehook
+    if getattr(previous, "hides_orbax", False):
+        return
+
+    def hook(unraisable: Any) -> None:
+        code = getattr(unraisable.object, "cr_code", None)
+        of_orbax = code is not None and _is_orbax_file(code.co_filename)
+        if not of_orbax and str(unraisable.exc_value) != "Event loop is closed":
+            previous(unraisable)
+
+    hook.hides_orbax = True
+    sys.unraisablehook = hook
+
+
+def _is_orbax_file(path: str) -> bool:
+    return f"{os.sep}orbax{os.sep}" in path
+
+
+def _is_not_orbax(record: logging.LogRecord) -> bool:
+    return not _is_orbax_file(record.pathname) or logging.getLogger("absl").getEffectiveLevel() <= logging.INFO
+
+
+# --- Leaves: path, shape, dtype and CRC32 -------------------------------------------------------
+
+def _leaves(tree: PyTree) -> dict[str, Any]:
+    """Returns the leaves by path, such as "params/embeddings/token/embedding"."""
+    def name(key: Any) -> str:
+        return str(next(getattr(key, a) for a in ("key", "idx", "name") if hasattr(key, a)))
+    return {"/".join(map(name, path)): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _crc32(leaf: Any) -> int:
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        leaf = multihost_utils.process_allgather(leaf, tiled=True)
+    array = np.ascontiguousarray(np.asarray(leaf))
+    # As bytes: the buffer protocol does not know bfloat16.
+    return zlib.crc32(array.reshape(-1).view(np.uint8))
+
+
+def _crcs(leaves: Mapping[str, Any]) -> dict[str, int]:
+    # zlib releases the GIL, so threads help; an all-gather must come in the same order on every host.
+    if jax.process_count() > 1:
+        return {path: _crc32(leaf) for path, leaf in leaves.items()}
+    with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        return dict(zip(leaves, pool.map(_crc32, leaves.values()), strict=True))
+
+
+def _signature(leaf: Any) -> dict[str, Any]:
+    return {"dtype": str(np.dtype(leaf.dtype)), "shape": list(leaf.shape)}
+
+
+def _json_crc(*items: Any) -> int:
+    return zlib.crc32(json.dumps(items, sort_keys=True).encode())
+
+
+def _index(state: PyTree, meta: dict, tokenizer: dict) -> dict[str, Any]:
+    leaves = _leaves(state)
+    crcs = _crcs(leaves)
+    table = {path: _signature(leaf) | {"crc32": crcs[path]} for path, leaf in leaves.items()}
+    return {"version": _INDEX_VERSION, "leaves": table, "crc32": _json_crc(_INDEX_VERSION, table, meta, tokenizer)}
+
+
+def _verify_items(items: Mapping[str, Any]) -> None:
+    index = items["index"]
+    if index["crc32"] != _json_crc(index["version"], index["leaves"], items["meta"], items["tokenizer"]):
+        raise _Damaged("the CRC of index, meta and tokenizer differs")
+
+
+def _verify_leaves(tree: PyTree, table: Mapping[str, Any]) -> None:
+    for path, crc in _crcs(_leaves(tree)).items():
+        if crc != table[path]["crc32"]:
+            raise _Damaged(f"the CRC of {path} differs")
+
+
+def _is_damage(error: Exception) -> bool:
+    """Tells a damaged file from a machine in trouble: the latter must not cost a good checkpoint."""
+    if isinstance(error, (MemoryError, PermissionError)):
+        return False
+    return not any(word in str(error) for word in ("RESOURCE_EXHAUSTED", "out of memory", "Too many open files",
+                                                   "PERMISSION_DENIED", "UNAUTHENTICATED", "UNAVAILABLE"))
+
+
+# --- Refusals -----------------------------------------------------------------------------------
+
+def _remedy(where: str) -> str:
+    return f"give another --workdir, or start from its parameters with --config.run.init_from={where}"
+
+
+def check(meta: Mapping[str, Any], expected: Mapping[str, Any], where: str = "the checkpoint") -> None:
+    """Refuses a checkpoint whose metadata differ from those of this run.
+
+    `expected` holds the fields to compare, such as `tokenizer` and `manifest_hash`; "config" is not compared.
+    Raises UserError, one line, for the first field that differs.
+    """
+    for field, value in expected.items():
+        if field != "config" and meta.get(field) != value:
+            raise UserError(f"{field} is {value!r} in this run but {meta.get(field)!r} in {where}: {_remedy(where)}.")
+
+
+def _config_differences(meta: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
+    """Returns " (model.hidden_size=64, was 128)" or "": which fields explain another shape."""
+    ours, theirs = (m.get("config") or {} for m in (expected, meta))
+    found = [f"{section}.{name}={value!r}, was {theirs[section][name]!r}"
+             for section in ("model", "objective", "optimizer") for name, value in (ours.get(section) or {}).items()
+             if name in (theirs.get(section) or {}) and theirs[section][name] != value]
+    return f" ({'; '.join(found)})" if found else ""
+
+
+def _check_leaves(table: Mapping[str, Any], abstract_state: PyTree, where: str, why: str) -> None:
+    # Orbax casts silently when the dtypes differ, so this comes before any array is read.
+    ours = {path: _signature(leaf) for path, leaf in _leaves(abstract_state).items()}
+    for path in ours.keys() - table.keys():
+        raise UserError(f"{path} of this run is missing in {where}{why}: {_remedy(where)}.")
+    for path in table.keys() - ours.keys():
+        raise UserError(f"{path} of {where} is unknown to this run{why}: {_remedy(where)}.")
+    for path, mine in ours.items():
+        for what in ("shape", "dtype"):
+            if mine[what] != table[path][what]:
+                raise UserError(f"{what} of {path} is {mine[what]} in this run but {table[path][what]} in {where}"
+                                f"{why}: {_remedy(where)}.")
+
+
+# --- Folders ------------------------------------------------------------------------------------
+
+def _absolute(path: str | os.PathLike) -> epath.Path:
+    # With a relative path Orbax opens, accepts a save, and fails only in the background.
+    text = os.fspath(path)
+    return epath.Path(text) if "://" in text else epath.Path(os.path.abspath(os.path.expanduser(text)))
+
+
+def _steps(directory: epath.Path) -> list[int]:
+    """Returns the committed steps, oldest first: an uncommitted one still has its temporary name."""
+    if not directory.is_dir():
+        return []
+    names = [p.name for p in directory.iterdir() if p.name.isdigit()]
+    if "://" in str(directory):   # object stores have no atomic rename, a commit file is written last
+        names = [n for n in names if (directory / n / "commit_success.txt").exists()]
+    return sorted(map(int, names))
+
+
+class Checkpointer:
+    """Saves and restores the training state under one folder; the only writer of that folder."""
+
+    def __init__(self, directory: str | os.PathLike, keep: int, every_steps: int, every_minutes: float,
+                 clock: Callable[[], float] = time.monotonic):
+        """Opens `directory` (local or a bucket), which it creates, and removes what a killed save left.
+
+        Keeps the `keep` newest steps. `every_steps` and `every_minutes` set `should_save`; 0 switches one off.
+        """
+        _hide_orbax_noise()
+        self.directory = _absolute(directory)
+        self._every_steps, self._every_s, self._clock = every_steps, 60 * every_minutes, clock
+        self._last_save_s = clock()
+        self._pending: int | None = None     # step of the save that is under way
+        self._failures = 0                   # saves in a row that were not written
+        self._manager = ocp.CheckpointManager(self.directory, options=ocp.CheckpointManagerOptions(
+            preservation_policy=ocp.checkpoint_managers.LatestN(keep), cleanup_tmp_directories=True))
+
+    def latest_step(self) -> int | None:
+        """Returns the newest committed step, which a save still under way is not."""
+        steps = _steps(self.directory)
+        return steps[-1] if steps else None
+
+    def should_save(self, step: int) -> bool:
+        """Says whether a checkpoint is due after `step` updates, by count or by time since the last save."""
+        if self._every_steps and step % self._every_steps == 0:
+            return True
+        due = bool(self._every_s) and self._clock() - self._last_save_s >= self._every_s
+        if self._every_s and jax.process_count() > 1:
+            # Clocks differ, and a save is a collective: the first host decides.
+            due = bool(multihost_utils.broadcast_one_to_all(np.asarray(due)))
+        return due
+
+    def save(self, state: PyTree, meta: Mapping[str, Any], tokenizer_files: Mapping[str, bytes] | None = None,
+             force: bool = False) -> bool:
+        """Starts to save `state`, whose leaf "step" numbers the checkpoint, and returns whether it did.
+
+        The arrays are copied before it returns, so donating them next is safe; the files follow in the
+        background. `meta` is JSON; versions and time are added. A step that is there already is left as it is,
+        unless `force` replaces it. A save that fails is a warning: the training goes on.
+        """
+        self.wait()
+        step = int(state["step"])
+        self._last_save_s = self._clock()
+        meta = json.loads(json.dumps(dict(meta) | _provenance()))   # as it will be read: tuples become lists
+        tokenizer = {name: base64.b64encode(data).decode() for name, data in (tokenizer_files or {}).items()}
+        try:
+            if step in _steps(self.directory):
+                if not force:
+                    return False
+                self._manager.delete(step)
+            index = _index(state, meta, tokenizer)
+            started = self._manager.save(step, force=True, args=ocp.args.Composite(
+                state=ocp.args.StandardSave(state), index=ocp.args.JsonSave(index), meta=ocp.args.JsonSave(meta),
+                tokenizer=ocp.args.JsonSave(tokenizer)))
+        except Exception as error:
+            self._failed(step, error)
+            return False
+        self._pending = step if started else None
+        return started
+
+    def wait(self) -> bool:
+        """Waits for the save under way, if any, and returns whether the last save was written."""
+        step, self._pending = self._pending, None
+        try:
+            self._manager.wait_until_finished()
+            if step is not None and step not in _steps(self.directory):
+                raise OSError("the step folder is missing after the commit")
+        except Exception as error:
+            self._failed(step, error)
+        else:
+            self._failures = 0 if step is not None else self._failures
+        return self._failures == 0
+
+    def _failed(self, step: int | None, error: Exception) -> None:
+        self._failures += 1
+        _warn(f"checkpoint {self.directory / str(step)} was not written ({_one_line(error)}); "
+              f"{self._failures} in a row; training goes on.")
+        self._manager.reload()   # else the failed step stays listed, and later saves are skipped
+
+    def restore(self, abstract_state: PyTree, expected: Mapping[str, Any] | None = None) -> tuple[PyTree, dict] | None:
+        """Returns (state, meta) of the newest step that verifies, or None if there is none.
+
+        `abstract_state` has a `jax.ShapeDtypeStruct` with its sharding for each leaf; the mesh may be another than
+        at the save. `expected`: see `check`; its "config" serves to explain a refusal. A damaged step is renamed
+        `damaged-N` with a warning. Raises UserError, before any array is read, for a checkpoint of another run.
+        """
+        self.wait()
+        for step in reversed(_steps(self.directory)):
+            try:
+                return self._restore_step(step, abstract_state, expected or {})
+            except UserError:
+                raise
+            except Exception as error:
+                if not _is_damage(error):
+                    raise
+                self._quarantine(step, error)
+        return None
+
+    def _restore_step(self, step: int, abstract_state: PyTree, expected: Mapping[str, Any]) -> tuple[PyTree, dict]:
+        where = str(self.directory / str(step))
+        items = self._manager.restore(step, args=ocp.args.Composite(**{k: ocp.args.JsonRestore() for k in _ITEMS}))
+        _verify_items(items)
+        table = items["index"]["leaves"]
+        check(items["meta"], expected, where)
+        _check_leaves(table, abstract_state, where, _config_differences(items["meta"], expected))
+        state = self._manager.restore(step, args=ocp.args.Composite(
+            state=ocp.args.StandardRestore(abstract_state)))["state"]
+        _verify_leaves(state, table)
+        return state, items["meta"]
+
+    def _quarantine(self, step: int, error: Exception) -> None:
+        target = self.directory / f"damaged-{step}"
+        while target.exists():
+            target = target.with_name(target.name + "-again")
+        if jax.process_index() == 0:
+            (self.directory / str(step)).rename(target)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices(f"quarantine {step}")
+        self._manager.reload()   # else Orbax takes the step for the newest, and later saves are skipped
+        _warn(f"checkpoint {self.directory / str(step)} is damaged ({_one_line(error)}); "
+              f"renamed to {target.name}, trying the one before.")
+
+    def close(self) -> bool:
+        """Waits, releases the threads, and returns whether the last save was written."""
+        written = self.wait()
+        self._manager.close()
+        return written
+
+
+def _provenance() -> dict[str, Any]:
+    versions = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:   # run from a source folder
+            versions[package] = "unknown"
+    return {"versions": versions, "saved_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+
+
+# --- Parameters only, for downstream use --------------------------------------------------------
+
+def load_params(path: str | os.PathLike, parts: Sequence[str] = ("embeddings", "discriminator"),
+                ) -> tuple[dict, dict, dict[str, bytes]]:
+    """Returns (params, meta, tokenizer files) of the newest step that verifies, and changes nothing on disk.
+
+    `path`: a run's folder, its `checkpoints` folder, or one step. `params` holds the named parts as nested dicts of
+    numpy arrays; only these are read. Needs neither the mesh nor the device count of the run. Raises UserError if
+    there is no readable checkpoint, or it lacks a part.
+    """
+    _hide_orbax_noise()
+    root = _absolute(path)
+    folders = [root / "checkpoints"] if (root / "checkpoints").is_dir() else [root]
+    folders = [folders[0] / str(s) for s in reversed(_steps(folders[0]))]
+    if not folders and (root / "index").is_dir():
+        folders = [root]
+    if not folders:
+        raise UserError(f"no checkpoint found in {root}: give the --workdir of a run, or one of its checkpoints/N.")
+    for folder in folders:
+        try:
+            return _load_step(folder, parts)
+        except UserError:
+            raise
+        except Exception as error:
+            if not _is_damage(error):
+                raise
+            _warn(f"checkpoint {folder} is damaged ({_one_line(error)}); trying the one before.")
+    raise UserError(f"every checkpoint in {root} is damaged: give a copy of it, or another run's folder.")
+
+
+def _load_step(folder: epath.Path, parts: Sequence[str]) -> tuple[dict, dict, dict[str, bytes]]:
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
+        items = reader.restore(folder, args=ocp.args.Composite(**{k: ocp.args.JsonRestore() for k in _ITEMS}))
+        _verify_items(items)
+        table = items["index"]["leaves"]
+        for part in parts:
+            if not any(path.startswith(f"params/{part}/") for path in table):
+                raise UserError(f"{folder} has no parameters {part!r}: it was saved with "
+                                f"{', '.join(sorted({p.split('/')[1] for p in table if p.startswith('params/')}))}.")
+        wanted = [p for p in table if p.startswith(tuple(f"params/{part}/" for part in parts))]
+        as_numpy = ocp.RestoreArgs(restore_type=np.ndarray)
+        tree = reader.restore(folder, args=ocp.args.Composite(state=ocp.args.PyTreeRestore(
+            item=_nest(wanted, 0), restore_args=_nest(wanted, as_numpy), partial_restore=True)))["state"]
+    _verify_leaves(tree, table)
+    files = {name: base64.b64decode(text) for name, text in items["tokenizer"].items()}
+    return tree["params"], items["meta"], files
+
+
+def _nest(paths: Sequence[str], value: Any) -> dict:
+    tree: dict = {}
+    for path in paths:
+        *folders, last = path.split("/")
+        node = tree
+        for folder in folders:
+            node = node.setdefault(folder, {})
+        node[last] = value
+    return tree

@@ -1,0 +1,244 @@
+"""The life of a pretraining run: restore, train, evaluate, save, report."""
+
+import contextlib
+import time
+from collections import deque
+from pathlib import Path
+
+import jax
+import numpy as np
+
+import electra_jax
+from electra_jax import checkpoint, metrics, model, runtime, sharding, show, step
+from electra_jax.config import UserError
+from electra_jax.data.loader import Loader, Prefetcher
+from electra_jax.optimizer import path_name
+
+
+def check_mesh(config) -> None:
+    """Raises UserError when the mesh does not fit the devices, or the sizes do not fit the mesh or each other."""
+    model.generator_architecture(config.model)
+    sharding.check_divides(config, sharding.make_mesh(config.mesh))
+
+
+def make_loader(config, store, tokenizer, split: str) -> Loader:
+    """Returns the loader of this host's rows of "train" or "eval"."""
+    fields = ("batch_size", "seq_len", "segment_pairs", "single_segment_prob", "short_prob", "pack")
+    return Loader(store, tokenizer, split=split, seed=config.run.seed, process_index=jax.process_index(),
+                  process_count=jax.process_count(), **{name: config.data[name] for name in fields})
+
+
+class Interval:
+    """The steps since the last logged one. Their sums stay on the device until they are read, one step late."""
+
+    def __init__(self, config, program: step.Program):
+        self._config, self._program = config, program
+        self._sums: list[dict] = []
+        self.throughput = metrics.Throughput()
+
+    def add(self, sums: dict) -> None:
+        """Takes the sums of one more step."""
+        self._sums.append(sums)
+        self.throughput.step(self._config.data.batch_size * self._config.data.seq_len)
+
+    def read(self) -> dict[str, float]:
+        """Returns the metrics over the steps added since the last read, and forgets them."""
+        each = jax.device_get(self._sums)
+        self._sums = []
+        values = step.summarize({name: sum(s[name] for s in each) for name in each[0]}, self._config)
+        values |= {"grad_norm": float(np.mean([s["grad_norm"] for s in each])),
+                   "learning_rate": float(each[-1]["learning_rate"])}
+        values |= self.throughput.read()
+        if "step_s" in values:
+            mesh = self._program.mesh
+            values["mfu"] = metrics.mfu(self._program.flops_per_step, values["step_s"], list(mesh.devices.flat))
+        return values
+
+
+class Run:
+    """One run in one workdir; `go` does it all."""
+
+    def __init__(self, config, workdir: Path, store, tokenizer):
+        """`config.model.vocab_size` is set; `store` is the token store that `tokenizer` made.
+
+        Raises UserError when the newest checkpoint belongs to another run.
+        """
+        self.config, self.workdir, self.store, self.tokenizer = config, workdir, store, tokenizer
+        self.train_loader = make_loader(config, store, tokenizer, "train")
+        held_out = store.split("eval").num_tokens
+        self.eval_loader = make_loader(config, store, tokenizer, "eval") if held_out else None
+        self.mesh = sharding.make_mesh(config.mesh)
+        special_ids = {name: getattr(tokenizer, f"{name}_id") for name in ("pad", "cls", "sep", "mask")}
+        self.program = step.build(config, self.mesh, special_ids)
+        self.checkpointer = checkpoint.Checkpointer(
+            workdir / "checkpoints", config.run.keep_checkpoints,
+            config.run.checkpoint_every_steps, config.run.checkpoint_every_minutes)
+        self.identity = {"tokenizer": tokenizer.fingerprint, "manifest_hash": store.manifest_hash}
+        restored = self.checkpointer.restore(self.program.abstract_state,
+                                             self.identity | {"config": config.to_dict()})
+        self.state, self.meta = restored or (initial_state(config, self.program),
+                                             {"tokens": 0, "train_s": 0.0, "evaluated": False})
+        self.start_step, self.steps = int(self.state["step"]), config.optimizer.steps
+        if self.start_step > self.steps:
+            raise UserError(f"optimizer.steps={self.steps}, but the newest checkpoint in {workdir} has "
+                            f"{self.start_step}: raise optimizer.steps or give another --workdir.")
+
+    def go(self) -> None:
+        """Trains to the last step, evaluates, saves and reports; returns early after a stop signal, saved."""
+        self._describe()
+        with (metrics.Progress(self.steps, self.start_step) as self.progress,
+              metrics.MetricWriter(self.workdir, self.config.run.tensorboard, self.start_step) as self.writer,
+              runtime.StopSignal() as self.stop,
+              runtime.Watchdog() as self.watchdog):
+            finished = self._train() and self._finish()
+            written = self.checkpointer.close()
+        if finished:
+            self._report()
+        elif written:
+            print(f"saved step {int(self.state['step'])} in {self.checkpointer.directory}; "
+                  "the same command goes on from there", flush=True)
+
+    def _train(self) -> bool:
+        """Takes all steps that are left; returns False if it was stopped (and has saved)."""
+        run, interval, train_step = self.config.run, Interval(self.config, self.program), None
+        in_flight = deque()
+        with contextlib.closing(Prefetcher(self.train_loader, self.start_step, self.config.data.prefetch)) as batches:
+            for now in range(self.start_step + 1, self.steps + 1):
+                with interval.throughput.waiting():
+                    batch = sharding.global_batch(batches.next(), self.mesh)
+                if train_step is None:
+                    with interval.throughput.paused():
+                        train_step = self._compile(batch)
+                self.state, sums = train_step(self.state, batch)
+                interval.add(sums)
+                self.meta["tokens"] += self.config.data.batch_size * self.config.data.seq_len
+                # The device works on two steps at most: enough to stay busy, and a signal is answered soon.
+                in_flight.append(sums["grad_norm"])
+                if len(in_flight) > 2:
+                    in_flight.popleft().block_until_ready()
+                self.progress.advance(now)
+                self.watchdog.beat()
+                if now % run.log_every_steps == 0 or now == self.steps or self.stop.requested:
+                    self._log(now, interval)
+                if now == self.steps:
+                    break
+                with interval.throughput.paused():
+                    if run.eval_every_steps and now % run.eval_every_steps == 0 and not self.stop.requested:
+                        self._evaluate(now)
+                    if self.stop.requested or self.checkpointer.should_save(now):
+                        self._save()
+                if self.stop.requested:
+                    return False
+        return True
+
+    def _finish(self) -> bool:
+        """Evaluates the trained network and saves it; returns False if it was stopped meanwhile (and has saved)."""
+        if not self.meta["evaluated"]:
+            self.results = self._evaluate(self.steps)
+            self.meta["evaluated"] = not self.stop.requested
+            self._save()
+        else:
+            self.progress.note(f"the run was finished already: {self.steps} steps in {self.workdir}")
+            self.results = self._held_out()
+        return not self.stop.requested
+
+    def _log(self, now: int, interval: Interval) -> None:
+        values = interval.read()
+        self.meta["train_s"] += values.get("step_s", 0.0) * self.config.run.log_every_steps
+        if not np.isfinite(values["loss"]):
+            raise UserError(f"the loss is {values['loss']} at step {now}: lower optimizer.learning_rate="
+                            f"{self.config.optimizer.learning_rate} or raise optimizer.warmup_steps, and start anew.")
+        self.writer.write(now, values)
+        self.progress.update(now, values)
+
+    def _held_out(self) -> dict[str, float] | None:
+        """Returns the metrics on held-out documents; None without any, or after a stop signal."""
+        if self.eval_loader is None:
+            return None
+        total, batches = None, max(1, self.eval_loader.sequences_per_epoch // self.config.data.batch_size)
+        for i in range(min(self.config.run.eval_batches, batches)):
+            if self.stop.requested:
+                return None
+            batch = sharding.global_batch(self.eval_loader.batch_at(i), self.mesh)
+            sums = jax.device_get(self.program.eval_step(self.state["params"], batch, i))
+            total = sums if total is None else jax.tree.map(np.add, total, sums)
+            self.watchdog.beat()
+        return step.summarize(total, self.config)
+
+    def _evaluate(self, now: int) -> dict[str, float] | None:
+        results = self._held_out()
+        if results:
+            self.writer.write(now, {f"eval_{name}": value for name, value in results.items()})
+            self.progress.eval(now, results)
+        return results
+
+    def _save(self) -> None:
+        self.checkpointer.save(self.state, self.meta | self.identity | {"config": self.config.to_dict()},
+                               self.tokenizer.files(), force=True)
+
+    def _compile(self, batch):
+        """Compiles the train step for this batch's shapes and says what it took."""
+        start_s = time.perf_counter()
+        compiled = self.program.train_step.lower(self.state, batch).compile()
+        memory = compiled.memory_analysis()
+        needs = f", needs {(memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 2**20:,.0f} MiB a device" \
+            if memory else ""
+        self.progress.note(f"compiled in {time.perf_counter() - start_s:.1f} s{needs}")
+        return compiled
+
+    def _describe(self) -> None:
+        config, params = self.config, self.state["params"]
+        counts = ", ".join(f"{name} {model.count_params(tree):,}" for name, tree in params.items())
+        where = f"resuming after step {self.start_step}" if self.start_step else "starting"
+        print(f"electra_jax {electra_jax.__version__}, jax {jax.__version__}, {self.mesh.size} x "
+              f"{self.mesh.devices.flat[0].device_kind}, mesh {dict(self.mesh.shape)}\n"
+              f"model {model.count_params(params):,} parameters ({counts})\n"
+              f"data  {self.train_loader.sequences_per_epoch:,} sequences of {config.data.seq_len} tokens a pass, "
+              f"{self.steps * config.data.batch_size / self.train_loader.sequences_per_epoch:.2f} passes, "
+              f"padding {self.train_loader.padding:.1%}\n"
+              f"{where} in {self.workdir}", flush=True)
+
+    def _report(self) -> None:
+        """Prints what was learned, sentences with their probabilities, and where everything lies."""
+        if self.results:
+            entropy = self.store.unigram_entropy
+            r = self.results
+            print(f"\nheld-out documents after {self.steps} steps, {self.meta['tokens'] / 1e6:.1f} M tokens, "
+                  f"{metrics.format_duration(self.meta['train_s'])} of training:")
+            if "mlm_loss" in r:
+                print(f"  generator      MLM loss {r['mlm_loss']:.3f} nats, {entropy - r['mlm_loss']:.2f} under the unigram "
+                      f"entropy of {entropy:.3f}; accuracy {r['mlm_accuracy']:.1%}")
+            if "rtd_loss" in r:
+                print(f"  discriminator  RTD loss {r['rtd_loss']:.4f} nats, floor of a constant guess "
+                      f"{r['rtd_floor']:.4f}; AUC {r['rtd_auc']:.3f}; {r['replaced_fraction']:.1%} replaced")
+        if self.results and "rtd_loss" in self.results and self.config.run.show_examples:
+            batch = self.eval_loader.batch_at(0)
+            seen = jax.device_get(self.program.inspect_step(
+                self.state["params"], sharding.global_batch(batch, self.mesh), 0))
+            print("\nheld-out text as the discriminator saw it: original→replacement in red, and behind each token the\n"
+                  "probability in percent that it was replaced\n")
+            show.print_examples(show.examples(batch, seen, self.tokenizer.token, self.config.run.show_examples))
+        print(f"checkpoint   {self.checkpointer.directory / str(int(self.state['step']))}\n"
+              f"metrics      {self.workdir / 'metrics.jsonl'}")
+        if self.config.run.tensorboard:
+            print(f"tensorboard  tensorboard --logdir {self.workdir / 'tensorboard'}")
+
+
+def initial_state(config, program: step.Program) -> step.State:
+    """Returns fresh parameters, or those of `run.init_from` with a fresh optimizer and step 0.
+
+    Raises UserError when the checkpoint's parameters are of other names or shapes.
+    """
+    state = program.init_state()
+    if not config.run.init_from:
+        return state
+    params, _, _ = checkpoint.load_params(config.run.init_from, tuple(state["params"]))
+    ours, theirs = ({path_name(path): x.shape for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+                    for tree in (state["params"], params))
+    for path in sorted(ours.keys() | theirs.keys()):
+        if ours.get(path) != theirs.get(path):
+            raise UserError(f"run.init_from={config.run.init_from}: {path} has shape {theirs.get(path)} there and "
+                            f"{ours.get(path)} in this model: give the same model.* fields as that run.")
+    state["params"] = jax.tree.map(lambda x, old: jax.device_put(x, old.sharding), params, state["params"])
+    return state
+

@@ -1,0 +1,220 @@
+"""What surrounds a run: signals, the watchdog, the compilation cache, several hosts, quiet logs, safe small files."""
+
+import faulthandler
+import json
+import logging
+import math
+import os
+import signal
+import socket
+import statistics
+import sys
+import threading
+import time
+import uuid
+import warnings
+from collections import deque
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import jax
+from etils import epath
+
+from electra_jax.config import UserError
+
+
+class StopSignal:
+    """Turns SIGINT and SIGTERM into a flag that the training loop polls: `with StopSignal() as stop`.
+
+    The first signal sets `requested` and prints a line; a second SIGINT raises KeyboardInterrupt. Python runs a
+    handler only between two of its own instructions, so a signal during a compilation shows after it. The handlers
+    must be set by the main thread, and after `initialize_distributed`, which sets one for SIGTERM.
+    """
+
+    def __init__(self):
+        self.requested = False
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopSignal":
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *unused: Any) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            if number == signal.SIGINT:
+                signal.signal(signal.SIGINT, signal.default_int_handler)
+                raise KeyboardInterrupt
+            return   # a scheduler may repeat its SIGTERM
+        self.requested = True
+        text = f"{signal.Signals(number).name}: stopping after this step, saving a checkpoint (Ctrl-C again: at once)"
+        # not print: the signal may have come inside a print, whose buffer must not be entered twice
+        os.write(2, f"\n{text}\n".encode())
+
+
+class Watchdog:
+    """Ends a process that hangs: without a `beat` for max(10 x the median interval, `min_timeout_s`) seconds.
+
+    A stuck host hangs all others without a message, and SIGTERM is swallowed after jax.distributed.initialize. All
+    stacks go to stderr, then the process exits with code 124, and the scheduler can restart it.
+    """
+
+    def __init__(self, min_timeout_s: float = 600.0, clock: Callable[[], float] = time.monotonic,
+                 exit: Callable[[int], Any] = os._exit, poll_s: float = 5.0):
+        self._min_timeout_s, self._clock, self._exit, self._poll_s = min_timeout_s, clock, exit, poll_s
+        self._intervals_s: deque[float] = deque(maxlen=101)
+        self._last_s = clock()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def __enter__(self) -> "Watchdog":
+        self._last_s = self._clock()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *unused: Any) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def beat(self) -> None:
+        """Says that a step (or a batch of an evaluation, or a save) was finished."""
+        now_s = self._clock()
+        self._intervals_s.append(now_s - self._last_s)
+        self._last_s = now_s
+
+    def timeout_s(self) -> float:
+        """Returns the seconds without a beat that are too many."""
+        usual_s = statistics.median(list(self._intervals_s)) if self._intervals_s else 0.0
+        return max(10 * usual_s, self._min_timeout_s)
+
+    def check(self) -> bool:
+        """Ends the process if the last beat is too long ago; returns whether it was."""
+        silent_s, limit_s = self._clock() - self._last_s, self.timeout_s()
+        if silent_s <= limit_s:
+            return False
+        os.write(2, f"watchdog: no step finished for {silent_s:.0f} s (limit {limit_s:.0f} s) on "
+                    f"{socket.gethostname()}; stacks of all threads:\n".encode())
+        faulthandler.dump_traceback(file=2, all_threads=True)
+        self._exit(124)
+        return True
+
+    def _watch(self) -> None:
+        while not self._stop.wait(self._poll_s):
+            if self.check():
+                return
+
+
+# --- Before the first step ----------------------------------------------------------------------
+
+def enable_compilation_cache(folder: str) -> str | None:
+    """Keeps compiled programs in `folder` ("": ~/.cache/electra_jax/xla, "off": nowhere) and returns the folder used.
+
+    A folder that cannot be written gives a note and None: the cache only saves time.
+    """
+    if folder == "off":
+        jax.config.update("jax_compilation_cache_dir", None)
+        return None
+    path = epath.Path(folder).expanduser() if folder else epath.Path("~/.cache/electra_jax/xla").expanduser()
+    try:
+        _try_writing(path)
+    except OSError as error:
+        print(f"note: no compilation cache, run.compilation_cache={path!s} cannot be written "
+              f"({error.strerror or error})", file=sys.stderr, flush=True)
+        jax.config.update("jax_compilation_cache_dir", None)
+        return None
+    jax.config.update("jax_compilation_cache_dir", str(path))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+    return str(path)
+
+
+def check_writable(workdir: str | os.PathLike) -> None:
+    """Creates the run's folder and writes to it; raises UserError if that fails, also if it is a file."""
+    path = epath.Path(workdir)
+    try:
+        if path.exists() and not path.is_dir():
+            raise NotADirectoryError(0, "it is a file")
+        _try_writing(path)
+    except OSError as error:
+        raise UserError(f"--workdir={os.fspath(workdir)} cannot be written ({error.strerror or error}): "
+                        "give a folder that you may write to and whose disk has room.") from error
+
+
+def _try_writing(folder: epath.Path) -> None:
+    # Permission bits do not tell: root passes them, read-only mounts and full disks do not show in them.
+    folder.mkdir(parents=True, exist_ok=True)
+    probe = folder / f".write-test-{uuid.uuid4().hex}"
+    try:
+        probe.write_text("x")
+    finally:
+        if probe.exists():
+            probe.unlink()
+
+
+def write_json_atomic(path: str | os.PathLike, obj: Any) -> None:
+    """Writes `obj` as JSON so that a reader, or a kill, meets either the old file or the new one; NaN is an error."""
+    path = epath.Path(path)
+    text = json.dumps(obj, indent=2, sort_keys=True, allow_nan=False) + "\n"
+    if "://" in os.fspath(path):   # objects appear complete or not at all
+        path.write_text(text)
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.tmp-{uuid.uuid4().hex}")
+    try:
+        with open(partial, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())   # else a power cut can leave the new name with no contents
+        partial.replace(path)
+    finally:
+        if partial.exists():
+            partial.unlink()
+
+
+def quiet_logging() -> None:
+    """Keeps what libraries tell their developers off the terminal; warnings of Python code and all errors stay."""
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    for name in ("jax", "orbax", "flax", "etils", "grain"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("jax._src.xla_bridge").setLevel(logging.ERROR)   # "TPU not found" on each other machine
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")                  # XLA's C++ lines; before the backend starts
+    warnings.filterwarnings("ignore", message="Sharding info not provided when restoring")
+    warnings.filterwarnings("ignore", message="Some donated buffers were not usable")
+
+
+# --- Several hosts ------------------------------------------------------------------------------
+
+def _several_hosts(environment: dict[str, str]) -> bool:
+    """Says whether the environment shows a job of several processes that should find each other."""
+    if environment.get("JAX_COORDINATOR_ADDRESS"):
+        return True
+    if int(environment.get("SLURM_NTASKS") or 1) > 1 and "SLURM_PROCID" in environment:
+        # an interactive `salloc` shell has SLURM_NTASKS too, but only `srun` sets a step's own count
+        return int(environment.get("SLURM_STEP_NUM_TASKS") or 1) > 1
+    return len([h for h in (environment.get("TPU_WORKER_HOSTNAMES") or "").split(",") if h]) > 1
+
+
+def initialize_distributed(initialization_timeout_s: float = 300.0) -> bool:
+    """Joins the other hosts if the environment shows any, and returns whether it did; nothing on a plain machine.
+
+    Call it before anything else of JAX. Looks for JAX_COORDINATOR_ADDRESS (with JAX_NUM_PROCESSES and JAX_PROCESS_ID),
+    a SLURM step of several tasks, and the worker list of a TPU pod. Raises UserError if the others do not come.
+    """
+    if not _several_hosts(dict(os.environ)):
+        return False
+    wanted = {}
+    if "JAX_COORDINATOR_ADDRESS" in os.environ:
+        names = {"num_processes": "JAX_NUM_PROCESSES", "process_id": "JAX_PROCESS_ID"}
+        wanted = {key: int(os.environ[name]) for key, name in names.items() if name in os.environ}
+        wanted["coordinator_address"] = os.environ["JAX_COORDINATOR_ADDRESS"]
+    try:
+        jax.distributed.initialize(**wanted, initialization_timeout=math.ceil(initialization_timeout_s))
+    except Exception as error:
+        why = (str(error).splitlines() or [""])[0]
+        raise UserError(f"joining the other hosts failed ({why}): start the same command on every host within "
+                        f"{initialization_timeout_s:.0f} s.") from error
+    return True

@@ -1,0 +1,99 @@
+"""The mesh, and where each array lives on it: path rules, so that the model knows nothing of devices.
+
+Axes: `data` holds copies of the parameters, `fsdp` cuts them (and their optimizer state) up,
+`tensor` splits heads and feed-forward layers. The batch is split over `data` and `fsdp`.
+"""
+
+import math
+import re
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from electra_jax.config import UserError
+from electra_jax.optimizer import path_name
+
+AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")
+
+# First match wins; the axes belong to the last dimensions of the parameter, a scanned layer axis in front
+# stays whole. What no rule names is replicated: norms, biases and the small tables.
+_RULES = (
+    (r"word_embeddings/embedding$", ("tensor", "fsdp")),
+    (r"attention/qkv_kernel$", ("fsdp", None, "tensor")),
+    (r"attention/qkv_bias$", (None, "tensor")),
+    (r"attention/out/kernel$", ("tensor", "fsdp")),
+    (r"ffn/in/kernel$", ("fsdp", "tensor")),
+    (r"ffn/in/bias$", ("tensor",)),
+    (r"ffn/out/kernel$", ("tensor", "fsdp")),
+    (r"kernel$", ("fsdp", None)),
+)
+
+
+def make_mesh(mesh, devices=None) -> Mesh:
+    """Builds the mesh of the config's `mesh` section; one axis may be -1 and takes the devices left.
+
+    Raises UserError when the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = {axis: mesh[axis] for axis in AXES}
+    fields = ", ".join(f"mesh.{axis}={size}" for axis, size in sizes.items())
+    open_axes = [axis for axis, size in sizes.items() if size == -1]
+    if len(open_axes) > 1:
+        raise UserError(f"{fields}: only one axis may be -1.")
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    if open_axes:
+        sizes[open_axes[0]] = len(devices) // fixed
+    if math.prod(sizes.values()) != len(devices):
+        raise UserError(f"{fields} needs a multiple of {fixed} devices, but there are {len(devices)}: "
+                        "change one of them, or set mesh.data=-1.")
+    # Auto axes: linen modules and plain jnp code let the compiler place what the rules leave open.
+    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def check_divides(config, mesh: Mesh) -> None:
+    """Raises UserError when the batch, heads or feed-forward width do not divide over the mesh."""
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    accumulation = config.optimizer.accumulation_steps
+    if config.data.batch_size % (shards * accumulation):
+        steps = f" x optimizer.accumulation_steps={accumulation}" if accumulation > 1 else ""
+        raise UserError(f"data.batch_size={config.data.batch_size} does not divide by mesh.data x mesh.fsdp = "
+                        f"{shards}{steps}: change data.batch_size to a multiple of {shards * accumulation}.")
+    for field in ("num_heads", "intermediate_size", "hidden_size"):
+        if config.model[field] % mesh.shape["tensor"]:
+            raise UserError(f"model.{field}={config.model[field]} does not divide by mesh.tensor="
+                            f"{mesh.shape['tensor']}: change one of them.")
+    if config.model.hidden_size % mesh.shape["fsdp"]:
+        raise UserError(f"model.hidden_size={config.model.hidden_size} does not divide by mesh.fsdp="
+                        f"{mesh.shape['fsdp']}: change one of them.")
+
+
+def spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    """Returns the PartitionSpec of the parameter (or its moment) at `path`.
+
+    An axis that does not divide its dimension is left out: the narrow generator is then replicated there.
+    """
+    for pattern, axes in _RULES:
+        if re.search(pattern, path):
+            axes = (None,) * (len(shape) - len(axes)) + axes
+            return PartitionSpec(*(axis if axis and size % mesh.shape[axis] == 0 else None
+                                   for axis, size in zip(axes, shape, strict=True)))
+    return PartitionSpec()
+
+
+def state_shardings(abstract_state, mesh: Mesh):
+    """Maps a tree of shapes (parameters, moments, counters) to a tree of NamedShardings by path."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: NamedSharding(mesh, spec(path_name(path), x.shape, mesh)), abstract_state)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows over `data` and `fsdp`."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def global_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """Joins the rows [b, L] of each host into global arrays [B, L], in the order of the hosts."""
+    sharding = batch_sharding(mesh)
+    return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
