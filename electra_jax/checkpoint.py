@@ -42,6 +42,11 @@ def _warn(text: str) -> None:
         print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
+def _sync(name: str) -> None:
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
 def _one_line(error: BaseException) -> str:
     lines = str(error).splitlines() or [""]
     return f"{type(error).__name__}: {lines[0]}"[:200]
@@ -121,6 +126,9 @@ def _verify_items(items: Mapping[str, Any]) -> None:
     index = items["index"]
     if index["crc32"] != _json_crc(index["version"], index["leaves"], items["meta"], items["tokenizer"]):
         raise _Damaged("the CRC of index, meta and tokenizer differs")
+    if index["version"] != _INDEX_VERSION:
+        raise UserError(f"the checkpoint has format {index['version']}, this program reads {_INDEX_VERSION}: "
+                        "install the electra_jax that wrote it.")
 
 
 def _verify_leaves(tree: PyTree, table: Mapping[str, Any]) -> None:
@@ -166,9 +174,9 @@ def _config_differences(meta: Mapping[str, Any], expected: Mapping[str, Any]) ->
 def _check_leaves(table: Mapping[str, Any], abstract_state: PyTree, where: str, why: str) -> None:
     # Orbax casts silently when the dtypes differ, so this comes before any array is read.
     ours = {path: _signature(leaf) for path, leaf in _leaves(abstract_state).items()}
-    for path in ours.keys() - table.keys():
+    for path in sorted(ours.keys() - table.keys()):
         raise UserError(f"{path} of this run is missing in {where}{why}: {_remedy(where)}.")
-    for path in table.keys() - ours.keys():
+    for path in sorted(table.keys() - ours.keys()):
         raise UserError(f"{path} of {where} is unknown to this run{why}: {_remedy(where)}.")
     for path, mine in ours.items():
         for what in ("shape", "dtype"):
@@ -210,6 +218,7 @@ class Checkpointer:
         self._last_save_s = clock()
         self._pending: int | None = None     # step of the save that is under way
         self._failures = 0                   # saves in a row that were not written
+        self._recover_replaced()
         self._manager = ocp.CheckpointManager(self.directory, options=ocp.CheckpointManagerOptions(
             preservation_policy=ocp.checkpoint_managers.LatestN(keep), cleanup_tmp_directories=True))
 
@@ -245,7 +254,11 @@ class Checkpointer:
             if step in _steps(self.directory):
                 if not force:
                     return False
-                self._manager.delete(step)
+                # Set aside, not deleted: a kill before the new one is committed must not lose the step.
+                if jax.process_index() == 0:
+                    (self.directory / str(step)).rename(self.directory / f"replaced-{step}")
+                _sync(f"replace {step}")
+                self._manager.reload()
             index = _index(state, meta, tokenizer)
             started = self._manager.save(step, force=True, args=ocp.args.Composite(
                 state=ocp.args.StandardSave(state), index=ocp.args.JsonSave(index), meta=ocp.args.JsonSave(meta),
@@ -267,12 +280,24 @@ class Checkpointer:
             self._failed(step, error)
         else:
             self._failures = 0 if step is not None else self._failures
+            self._recover_replaced()
         return self._failures == 0
+
+    def _recover_replaced(self) -> None:
+        """Puts a step that was set aside back, or deletes it if its replacement was committed."""
+        if jax.process_index() == 0 and self.directory.is_dir():
+            for aside in [p for p in self.directory.iterdir() if p.name.startswith("replaced-")]:
+                step = aside.name.removeprefix("replaced-")
+                if int(step) in _steps(self.directory):
+                    aside.rmtree()
+                else:
+                    aside.rename(self.directory / step)
 
     def _failed(self, step: int | None, error: Exception) -> None:
         self._failures += 1
         _warn(f"checkpoint {self.directory / str(step)} was not written ({_one_line(error)}); "
               f"{self._failures} in a row; training goes on.")
+        self._recover_replaced()
         self._manager.reload()   # else the failed step stays listed, and later saves are skipped
 
     def restore(self, abstract_state: PyTree, expected: Mapping[str, Any] | None = None) -> tuple[PyTree, dict] | None:
@@ -312,8 +337,7 @@ class Checkpointer:
             target = target.with_name(target.name + "-again")
         if jax.process_index() == 0:
             (self.directory / str(step)).rename(target)
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices(f"quarantine {step}")
+        _sync(f"quarantine {step}")
         self._manager.reload()   # else Orbax takes the step for the newest, and later saves are skipped
         _warn(f"checkpoint {self.directory / str(step)} is damaged ({_one_line(error)}); "
               f"renamed to {target.name}, trying the one before.")

@@ -36,8 +36,8 @@ def auc_histograms(logits: jax.Array, labels: jax.Array, weights: jax.Array, bin
     to 2**24 tokens a bin.
     """
     place = (jnp.arcsinh(logits.astype(jnp.float32) - _CENTRE) / _REACH + 1) * (bins / 2)
-    # clip before the cast: the cast of a value beyond int32 is undefined, NaN goes to the first bin
-    index = jnp.clip(jnp.nan_to_num(place), 0, bins - 1).astype(jnp.int32) + bins * labels.astype(jnp.int32)
+    # clip before the cast: the cast of a value beyond int32 is undefined
+    index = jnp.clip(place, 0, bins - 1).astype(jnp.int32) + bins * labels.astype(jnp.int32)
     # A scatter: 12 to 40 us for 16 x 128 tokens on a CPU, against 0.3 ms for a sort or one-hot products.
     flat = jnp.zeros(2 * bins, jnp.float32).at[index.reshape(-1)].add(weights.reshape(-1).astype(jnp.float32))
     return flat.reshape(2, bins)
@@ -127,9 +127,9 @@ def _plain(value: Any) -> Any:
     return number if math.isfinite(number) else None
 
 
-def _lines_until(data: bytes, step: int) -> str:
+def _lines_until(text: str, step: int) -> str:
     kept = []
-    for line in data.decode("utf-8", "replace").split("\n"):
+    for line in text.split("\n"):
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")

@@ -192,9 +192,8 @@ def _several_hosts(environment: dict[str, str]) -> bool:
     """Says whether the environment shows a job of several processes that should find each other."""
     if environment.get("JAX_COORDINATOR_ADDRESS"):
         return True
-    if int(environment.get("SLURM_NTASKS") or 1) > 1 and "SLURM_PROCID" in environment:
-        # an interactive `salloc` shell has SLURM_NTASKS too, but only `srun` sets a step's own count
-        return int(environment.get("SLURM_STEP_NUM_TASKS") or 1) > 1
+    if int(environment.get("SLURM_STEP_NUM_TASKS") or 1) > 1:   # not SLURM_NTASKS: a shell of `salloc` has it too
+        return True
     return len([h for h in (environment.get("TPU_WORKER_HOSTNAMES") or "").split(",") if h]) > 1
 
 
@@ -207,10 +206,9 @@ def initialize_distributed(initialization_timeout_s: float = 300.0) -> bool:
     if not _several_hosts(dict(os.environ)):
         return False
     wanted = {}
-    if "JAX_COORDINATOR_ADDRESS" in os.environ:
+    if "JAX_COORDINATOR_ADDRESS" in os.environ:   # which JAX reads itself, but not the other two
         names = {"num_processes": "JAX_NUM_PROCESSES", "process_id": "JAX_PROCESS_ID"}
         wanted = {key: int(os.environ[name]) for key, name in names.items() if name in os.environ}
-        wanted["coordinator_address"] = os.environ["JAX_COORDINATOR_ADDRESS"]
     try:
         jax.distributed.initialize(**wanted, initialization_timeout=math.ceil(initialization_timeout_s))
     except Exception as error:

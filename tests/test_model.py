@@ -102,7 +102,7 @@ def test_scanned_and_unrolled_models_start_from_the_same_numbers():
 
     @jax.jit
     def both():
-        return [model.init_params(model.build(c.model | {"scan_layers": scan}), jax.random.key(0))
+        return [model.init_params(model.build(dict(c.model) | {"scan_layers": scan}), jax.random.key(0))
                 for scan in (False, True)]
 
     unrolled, scanned = both()
@@ -165,7 +165,7 @@ def test_matmul_flops_are_within_four_percent_of_the_published_count(size, gener
 
 
 def test_initial_values_are_the_originals():
-    module = model.build(published("small") | {"num_layers": 1})
+    module = model.build(dict(published("small")) | {"num_layers": 1})
     params = tiny.flat(jax.jit(lambda: model.init_params(module, jax.random.key(0)))())
     for name, x in params.items():
         if name.endswith("scale"):

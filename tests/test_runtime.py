@@ -124,14 +124,15 @@ def test_a_workdir_is_made_and_left_clean(tmp_path):
     assert list((tmp_path / "a" / "b").iterdir()) == []
 
 
-@pytest.mark.parametrize("where", ["file", "file/below", "/proc/nowhere"])
-def test_an_impossible_workdir_is_told_in_one_line(tmp_path, where):
+@pytest.mark.parametrize(("where", "why"), [("file", "it is a file"), ("file/below", "Not a directory"),
+                                            ("/proc/nowhere", "No such file")])
+def test_an_impossible_workdir_is_told_in_one_line(tmp_path, where, why):
     (tmp_path / "file").write_text("x")
     path = tmp_path / where
     with pytest.raises(UserError) as refused:
         runtime.check_writable(path)
     text = str(refused.value)
-    assert "\n" not in text and f"--workdir={path} " in text and "give a folder" in text
+    assert "\n" not in text and f"--workdir={path} " in text and why in text and "give a folder" in text
     assert (tmp_path / "file").read_text() == "x"
 
 
@@ -143,6 +144,10 @@ def test_json_is_replaced_whole_or_not_at_all(tmp_path):
             runtime.write_json_atomic(path, bad)
     assert json.loads(path.read_text()) == {"a": 1}
     runtime.write_json_atomic(path, {"a": 2})
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OSError):
+        runtime.write_json_atomic(tmp_path / "folder", {})
+    assert not list(tmp_path.glob("*tmp*"))
     assert json.loads(path.read_text()) == {"a": 2} and [p.name for p in path.parent.iterdir()] == ["x.json"]
 
 
@@ -205,8 +210,8 @@ def test_a_plain_machine_is_not_asked_for_other_hosts(monkeypatch):
 @pytest.mark.parametrize(("environment", "wanted"), [
     ({}, False), ({"JAX_COORDINATOR_ADDRESS": "a:1"}, True), ({"TPU_WORKER_HOSTNAMES": "localhost"}, False),
     ({"TPU_WORKER_HOSTNAMES": "10.0.0.1,10.0.0.2"}, True), ({"SLURM_NTASKS": "8"}, False),
-    ({"SLURM_NTASKS": "8", "SLURM_PROCID": "0"}, False), ({"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, False),
-    ({"SLURM_NTASKS": "8", "SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "8"}, True)])
+    ({"SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "1"}, False),
+    ({"SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "8"}, True)])
 def test_only_an_evident_job_of_several_processes_counts(environment, wanted):
     assert runtime._several_hosts(environment) is wanted
 

@@ -63,14 +63,18 @@ def batch(seed, size, seq_len, vocab_size):
     return {name: np.stack([r[name] for r in rows]) for name in rows[0]}
 
 
-def params(init, seed=0, scale=0.1):
+def params(init, seed=0):
     """Parameters of the shapes that `init()` gives, all noise, so that biases and norms take part in what is compared.
 
-    Norms' scales lie around one.
+    Kernels keep the size of what they multiply, norms' scales lie around one.
     """
     rng = np.random.default_rng(seed)
-    return jax.tree_util.tree_map_with_path(
-        lambda path, x: (rng.normal(path[-1].key == "scale", scale, x.shape)).astype(np.float32), jax.eval_shape(init))
+
+    def draw(path, x):
+        deviation = 0.8 * x.shape[0] ** -0.5 if "kernel" in path[-1].key else 0.2
+        return rng.normal(path[-1].key == "scale", deviation, x.shape).astype(np.float32)
+
+    return jax.tree_util.tree_map_with_path(draw, jax.eval_shape(init))
 
 
 def float64(params):

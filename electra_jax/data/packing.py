@@ -83,8 +83,8 @@ def make_plan(document_lengths: np.ndarray, layout: Layout, key: int) -> Plan:
     if layout.pack:
         pool = _Pool(starts, lengths, single)
         row_starts, members = pool.pack(layout.seq_len, split=False)
-        room = (full_before[-1] + len(row_starts) - 1) * layout.seq_len
-        if room and 1 - (total + 2.9 * (full_before[-1] + len(members))) / room > _SPLIT_ABOVE:
+        gaps = (len(row_starts) - 1) * layout.seq_len - int((lengths + 3 - single).sum())
+        if gaps > _SPLIT_ABOVE * layout.seq_len * (full_before[-1] + len(row_starts) - 1):
             row_starts, members = pool.pack(layout.seq_len, split=True)
         starts, lengths, single = pool.starts, pool.lengths, pool.single
     else:
@@ -106,8 +106,9 @@ class _Pool:
     def pack(self, seq_len: int, split: bool) -> tuple[np.ndarray, np.ndarray]:
         """Returns (row_starts [rows + 1], members [pieces]).
 
-        With `split`, what is left of a row after the last piece that fits is filled with the first part of a
-        piece that does not: needed where documents have one size, e.g. 65 of 128, and rows would stay half empty.
+        With `split` rows are filled harder: one piece may give way to two that fit better, and what is still left
+        takes the first part of a piece that does not fit. Needed where documents have one size, e.g. 65 of 128,
+        and rows would stay half empty.
         """
         self._waiting = {}
         self._add(np.arange(len(self.starts)))
@@ -139,11 +140,32 @@ class _Pool:
                 used[width] = fit
                 gap -= fit * width
             i = min(i, bisect.bisect_right(widths, gap)) - 1
+        if split and gap:
+            gap = self._exchange(widths, used, gap)
         if split and gap >= 3 and gap * 64 > seq_len:
             for width in reversed(widths):
                 if len(self._waiting[width]) > used.get(width, 0):
                     return used, gap, width
         return used, gap, 0
+
+    def _exchange(self, widths: list[int], used: dict, gap: int) -> int:
+        """Replaces one piece of the pattern by two that leave less of the gap, if there are such; returns the gap."""
+        def free(width):
+            return len(self._waiting.get(width, ())) - used.get(width, 0)
+        for left in range(gap):
+            for out in sorted(used):
+                for first in widths:
+                    second = out + gap - left - first
+                    if second < first:
+                        break
+                    if free(first) > (first == second) and free(second) > 0:
+                        used[out] -= 1
+                        for width in (first, second):
+                            used[width] = used.get(width, 0) + 1
+                        for width in [w for w, n in used.items() if not n]:
+                            del used[width]
+                        return left
+        return gap
 
     def _take(self, width: int, count: int) -> np.ndarray:
         items = self._waiting[width]

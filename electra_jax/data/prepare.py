@@ -5,7 +5,9 @@ is a shard: documents are collected until a shard is full, its files are written
 which says where in the source the next one starts. A rerun keeps every part whose meta file exists.
 """
 
+import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -39,20 +41,23 @@ def prepare(config, path, progress: bool = True) -> TokenStore:
     Raises UserError for bad sources, an empty corpus, a folder that cannot be written, and a folder that holds
     a store made with other options.
     """
-    path, d = Path(path), config.data
+    path, d = Path(path).expanduser(), config.data
     options = {"source": d.source, "text_documents": d.text_documents, "tokenizer": d.tokenizer,
                "vocab_size": d.vocab_size if d.tokenizer == "train" else 0, "lowercase": d.lowercase,
                "strip_accents": d.strip_accents, "eval_fraction": d.eval_fraction}
     if (path / "manifest.json").exists():
         store = TokenStore(path)
         _check_same(store.manifest["options"], options, path)
+        if progress:
+            print(_summary(store), flush=True)
         return store
     started = time.perf_counter()
     inputs = sources.describe(d.source)
     try:
         path.mkdir(parents=True, exist_ok=True)
         with open(path / ".lock", "w") as lock:    # two processes of one run may both find no store
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            with contextlib.suppress(OSError):         # some network file systems have no locks
+                fcntl.flock(lock, fcntl.LOCK_EX)
             if (path / "manifest.json").exists():
                 return prepare(config, path, progress)
             _start_or_resume(path, options, inputs)
@@ -71,13 +76,11 @@ def prepare(config, path, progress: bool = True) -> TokenStore:
 
 def statistics(store: TokenStore, tokenizer: Tokenizer, config, report: dict, elapsed_s: float) -> list[str]:
     """Returns the lines that `prepare` ends with."""
-    d, train, held_out = config.data, store.split("train"), store.split("eval")
+    d = config.data
     loader = Loader(store, tokenizer, split="train", batch_size=1, seq_len=d.seq_len, segment_pairs=d.segment_pairs,
                     single_segment_prob=d.single_segment_prob, short_prob=d.short_prob, pack=d.pack, seed=0)
-    tokens = train.num_tokens + held_out.num_tokens
     lines = [
-        f"token store {store.path}: {train.num_documents + held_out.num_documents:,} documents, {tokens:,} tokens "
-        f"({held_out.num_documents:,} documents, {held_out.num_tokens:,} tokens held out)",
+        _summary(store),
         f"vocabulary {store.vocab_size:,}; [UNK] {store.unk_rate:.4%} of the train tokens, unigram entropy "
         f"{store.unigram_entropy:.3f} nats",
         f"at data.seq_len={d.seq_len}: {loader.sequences_per_epoch:,} sequences an epoch, padding {loader.padding:.2%}"]
@@ -89,6 +92,21 @@ def statistics(store: TokenStore, tokenizer: Tokenizer, config, report: dict, el
     if report["invalid_utf8_lines"]:
         lines.append(f"{report['invalid_utf8_lines']:,} lines were not valid UTF-8: their bad bytes became U+FFFD")
     return lines
+
+
+def _summary(store: TokenStore) -> str:
+    train, held_out = store.split("train"), store.split("eval")
+    return (f"token store {store.path}: {train.num_documents + held_out.num_documents:,} documents, "
+            f"{train.num_tokens + held_out.num_tokens:,} tokens "
+            f"({held_out.num_documents:,} documents, {held_out.num_tokens:,} tokens held out)")
+
+
+def _load(file: Path) -> dict:
+    """Reads one of the JSON files of an unfinished store."""
+    try:
+        return json.loads(file.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{file} is damaged ({error}): delete the folder {file.parent} to start anew.") from error
 
 
 def _check_same(found: dict, wanted: dict, path: Path) -> None:
@@ -103,7 +121,7 @@ def _start_or_resume(path: Path, options: dict, inputs: list) -> None:
     file = path / "unfinished.json"
     wanted = json.loads(json.dumps({"options": options, "inputs": inputs, "shard_tokens": SHARD_TOKENS}))
     if file.exists():
-        found = json.loads(file.read_bytes())
+        found = _load(file)
         _check_same(found["options"], options, path)
         if found != wanted:
             raise UserError(f"data.path={path} holds an unfinished token store, but the files of data.source changed "
@@ -142,7 +160,7 @@ def _chain(first, rest):
 def _write_parts(path: Path, d, tokenizer: Tokenizer, progress: Progress) -> dict:
     """Tokenises what the parts already there do not hold; returns numbers of this run for the statistics."""
     metas = sorted(path.glob("part-*.json"))
-    done = json.loads(metas[-1].read_bytes()) if metas else {"next_document": 0}
+    done = _load(metas[-1]) if metas else {"next_document": 0}
     number, counters = len(metas), {}
     report = {"text_bytes": 0, "tokens": 0, "resumed_parts": number}
     part = _Part(tokenizer, d.eval_fraction)
@@ -164,7 +182,7 @@ def _write_parts(path: Path, d, tokenizer: Tokenizer, progress: Progress) -> dic
             report["text_bytes"] += text_bytes
             progress.update(text_bytes, report["tokens"], done["next_document"] + part.num_documents, counters)
     if part.num_documents:
-        has = {split: any(json.loads(m.read_bytes())[split] for m in path.glob("part-*.json"))
+        has = {split: any(_load(m)[split] for m in path.glob("part-*.json"))
                for split in ("train", "eval")}
         part.balance(has)
         part.write(path, number, done["next_document"])
@@ -257,16 +275,20 @@ class _Part:
 
 
 def _finish(path: Path, options: dict, tokenizer: Tokenizer) -> None:
-    """Checks all shards once by reading them, counts tokens, and writes the manifest."""
-    metas = [json.loads(file.read_bytes()) for file in sorted(path.glob("part-*.json"))]
+    """Reads all shards once, checks them and counts tokens, and writes the manifest."""
+    metas = [_load(file) for file in sorted(path.glob("part-*.json"))]
     splits = {split: [meta[split] for meta in metas if meta[split]] for split in ("train", "eval")}
     if not splits["train"]:
         raise UserError(_EMPTY.format(options["source"]))
     dtype = token_dtype(tokenizer.vocab_size)
     counts = np.zeros(tokenizer.vocab_size, np.int64)
-    for shard in splits["train"]:
-        data = np.fromfile(path / f"{shard['name']}.tokens", dtype)
-        counts += np.bincount(data, minlength=len(counts))
+    for shard in splits["train"] + splits["eval"]:
+        file = path / f"{shard['name']}.tokens"
+        data = file.read_bytes() if file.exists() else b""
+        if hashlib.sha256(data).hexdigest() != shard["sha256"]:    # may have lain there since an interrupted call
+            raise UserError(f"{file} is missing or damaged: delete the folder {path} and run prepare again.")
+        if shard["name"].startswith("train"):
+            counts += np.bincount(np.frombuffer(data, dtype), minlength=len(counts))
     data = counts.astype("<u8").tobytes()
     write_atomically(path / "counts.bin", data)
     write_manifest(path, {

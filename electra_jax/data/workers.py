@@ -6,6 +6,7 @@ unsafe once jax has threads. So workers are plain `python -c` processes that tal
 they end by themselves when the parent dies, because their standard input closes.
 """
 
+import contextlib
 import importlib
 import os
 import pickle
@@ -84,7 +85,8 @@ class WorkerPool:
     def _feed(self, process, setup) -> None:
         """Runs in one thread a worker: hands it jobs and waits for its answers."""
         started = False
-        with process.stdin, process.stdout:
+        # Closing the pipe flushes it, which fails when the worker is gone: that has been reported by then.
+        with contextlib.suppress(BrokenPipeError), process.stdin, process.stdout:
             while (item := self._jobs.get()) is not None:
                 job, future = item
                 try:
@@ -113,22 +115,31 @@ def serve() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)    # Ctrl-C reaches the whole group; the parent decides
     replies = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)                                   # a library that prints must not break the frames
-    jobs = sys.stdin.buffer
     try:
-        target, setup = pickle.load(jobs)
-        module, name = target.split(":")
-        function = getattr(importlib.import_module(module), name)(setup)
+        target, setup = pickle.load(sys.stdin.buffer)
+        function = _guarded(_make, (target, setup))
         while True:
-            job = pickle.load(jobs)
-            try:
-                reply = (None, function(job))
-            except UserError as error:
-                reply = (error, None)
-            except Exception:
-                reply = (RuntimeError("in a worker process:\n" + traceback.format_exc()), None)
-            _send(replies, reply)
+            job = pickle.load(sys.stdin.buffer)
+            error, made = function
+            _send(replies, function if error else _guarded(made, job))
     except (EOFError, BrokenPipeError):
         return
+
+
+def _make(target_and_setup):
+    target, setup = target_and_setup
+    module, name = target.split(":")
+    return getattr(importlib.import_module(module), name)(setup)
+
+
+def _guarded(function, argument) -> tuple:
+    """Returns (error or None, result); a traceback goes along as text, as exceptions of libraries may not pickle."""
+    try:
+        return None, function(argument)
+    except UserError as error:
+        return error, None
+    except Exception:
+        return RuntimeError("in a worker process:\n" + traceback.format_exc()), None
 
 
 def _send(pipe, value) -> None:

@@ -1,0 +1,63 @@
+"""The house rules on imports: downwards only, and heavy frameworks nowhere."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "electra_jax"
+
+# What each module may import of the package, besides `config`.
+ALLOWED = {
+    "config": set(), "objectives": set(), "optimizer": set(), "runtime": set(), "metrics": set(), "show": set(),
+    "model": set(), "cli": set(), "checkpoint": set(), "sharding": {"optimizer"},
+    "step": {"metrics", "model", "objectives", "optimizer", "sharding"},
+    "loop": {"checkpoint", "metrics", "model", "optimizer", "runtime", "sharding", "show", "step", "data.loader"},
+    "pretrained": {"checkpoint", "model", "data.tokenizer"}, "__init__": {"pretrained"},
+    "train": {"cli", "loop", "runtime", "data.prepare", "data.tokenizer"},
+    "tools.bench": {"cli", "loop", "metrics", "runtime", "sharding", "step", "data.store", "data.tokenizer"},
+}
+FORBIDDEN = {"torch", "tensorflow", "transformers", "clu", "tf_keras", "tensorboardX"}
+
+
+def imports(file: Path) -> set[str]:
+    """Full names of all modules that the file imports anywhere, submodules taken with `from` included."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
+    return found
+
+
+def modules() -> dict[str, Path]:
+    return {".".join(file.relative_to(PACKAGE).with_suffix("").parts): file for file in PACKAGE.rglob("*.py")}
+
+
+@pytest.mark.parametrize("name", sorted(modules()))
+def test_imports_run_downwards_only(name):
+    files = modules()
+    ours = {i.removeprefix("electra_jax.") for i in imports(files[name]) if i.startswith("electra_jax.")}
+    ours = {m for m in ours if m in files} - {"config"}
+    if name.startswith("data."):
+        assert all(m.startswith("data.") or m == "cli" for m in ours), ours
+    elif not name.endswith("__init__") or name == "__init__":
+        assert ours <= ALLOWED[name], f"{name} imports {ours - ALLOWED[name]}"
+
+
+@pytest.mark.parametrize("name", sorted(modules()))
+def test_no_module_imports_another_framework(name):
+    assert not {i.split(".")[0] for i in imports(modules()[name])} & FORBIDDEN
+
+
+def test_configs_import_only_the_defaults():
+    for file in (PACKAGE.parent / "configs").rglob("*.py"):
+        assert {i for i in imports(file) if i.startswith("electra_jax.")} <= {"electra_jax.config"}, file
+
+
+def test_data_runs_without_jax():
+    code = "import electra_jax.data.prepare, electra_jax.data.loader, sys; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent).returncode == 0

@@ -1,0 +1,145 @@
+"""The same numbers on any mesh, in any number of microbatches and in any form of the layers; sizes that do not fit."""
+
+import functools
+import logging
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from electra_jax import config, model, sharding, step
+
+STEPS = 3
+VARIANTS = {
+    "data=4": dict(data=4),
+    "fsdp=4": dict(fsdp=4),
+    "tensor=4": dict(tensor=4),   # the generator's two heads do not divide
+    "data=2,tensor=2": dict(data=2, tensor=2),
+    "fsdp=2,tensor=2": dict(fsdp=2, tensor=2),
+    "accumulation=4": dict(optimizer__accumulation_steps=4),
+    "accumulation=2,data=2": dict(data=2, optimizer__accumulation_steps=2),
+    "scanned": dict(model__scan_layers=True),
+    "remat=dots": dict(model__remat="dots"),
+    "scanned,remat=full,fsdp=4": dict(model__scan_layers=True, model__remat="full", fsdp=4),
+}
+
+
+def build(data=1, fsdp=1, tensor=1, **fields):
+    """A program on the first devices, whose generator is one layer of two heads of four."""
+    c = tiny.config(**dict(model__generator_layers=0.5, optimizer__warmup_steps=1, data__batch_size=16) | fields)
+    c.mesh.update(data=data, fsdp=fsdp, tensor=tensor)
+    return step.build(c, sharding.make_mesh(c.mesh, jax.devices()[: data * fsdp * tensor]), tiny.SPECIAL_IDS)
+
+
+def batch(seed, program):
+    return sharding.global_batch(tiny.batch(seed, 16, 24, 67), program.mesh)
+
+
+def train(program, scanned=False):
+    """Sums of each step, and the parameters after the last, from one start whatever the form of the layers."""
+    module = program.module.clone(disc=plain(program.module.disc), gen=plain(program.module.gen))
+    params = tiny.params(lambda: model.init_params(module, jax.random.key(0)))
+    state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), program.abstract_state)
+    state["params"] = model.stack_layers(params) if scanned else params
+    state = jax.device_put(state, jax.tree.map(lambda x: x.sharding, program.abstract_state))
+    sums = []
+    for seed in range(STEPS):
+        state, one = program.train_step(state, batch(seed, program))
+        sums.append(jax.device_get(one))
+    return sums, model.unstack_layers(jax.device_get(state["params"]))
+
+
+def plain(architecture):
+    return type(architecture)(**vars(architecture) | {"scan_layers": False})
+
+
+@functools.cache
+def on_one_device():
+    return train(build())
+
+
+@pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS)
+def test_training_gives_the_numbers_of_one_device(fields):
+    program = build(**fields)
+    sums, params = train(program, scanned="model__scan_layers" in fields)
+    expected_sums, expected_params = on_one_device()
+    for ours, theirs in zip(sums, expected_sums, strict=True):
+        assert ours.keys() == theirs.keys()
+        for name in ours.keys() - {"auc_histograms"}:   # its bins are narrow: a logit may round into the next
+            np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-5, err_msg=name)
+        assert ours["auc_histograms"].sum() == theirs["auc_histograms"].sum()
+    before = tiny.flat(tiny.params(lambda: expected_params))
+    after = tiny.flat(params)
+    for name, theirs in tiny.flat(expected_params).items():
+        np.testing.assert_allclose(after[name], theirs, atol=1e-5, rtol=0, err_msg=name)
+        assert np.abs(theirs - before[name]).max() > 1e-4, name   # every tensor has moved
+    for axis in ("fsdp", "tensor"):
+        specs = [str(x.sharding.spec) for x in jax.tree.leaves(program.abstract_state["params"])]
+        assert any(axis in spec for spec in specs) == (fields.get(axis, 1) > 1)
+
+
+def test_start_and_evaluation_are_the_same_on_every_mesh():
+    results = []
+    for program in (build(), build(fsdp=2, tensor=2)):
+        state = program.init_state()
+        assert jax.tree.all(jax.tree.map(lambda x, y: x.sharding == y.sharding, state, program.abstract_state))
+        results.append(jax.device_get((state, program.eval_step(state["params"], batch(0, program), 7))))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), *results)
+
+
+def test_a_step_compiles_once_and_gives_its_state_away(caplog):
+    program = build()
+    state = program.init_state()
+    assert state["step"] == 0
+    with jax.log_compiles(), caplog.at_level(logging.WARNING):
+        for seed in range(STEPS):
+            old, (state, _) = state, program.train_step(state, batch(seed, program))
+            assert all(x.is_deleted() for x in jax.tree.leaves(old))
+    compiled = [r.getMessage() for r in caplog.records if "XLA compilation of jit(train_step)" in r.getMessage()]
+    assert len(compiled) == 1
+    assert state["step"] == STEPS
+
+
+def test_each_step_draws_anew():
+    program = build()
+    state, first = program.train_step(program.init_state(), batch(0, program))   # rate 0: parameters stay
+    _, second = program.train_step(state, batch(0, program))
+    assert first["learning_rate"] == 0 and first["mlm_loss"] != second["mlm_loss"]
+
+
+def test_bfloat16_loss_is_near_float32():
+    _, params = on_one_device()
+    losses = []
+    for dtype in ("float32", "bfloat16"):
+        program = build(model__dtype=dtype)
+        sums = program.eval_step(params, batch(5, program), 0)
+        assert sums["rtd_loss"].dtype == sums["mlm_loss"].dtype == np.float32
+        losses.append((sums["mlm_loss"] / sums["mlm_weight"], sums["rtd_loss"] / sums["rtd_weight"]))
+    np.testing.assert_allclose(*losses, rtol=0.02)
+    assert losses[0] != losses[1]
+
+
+@pytest.mark.parametrize("fields, named", [
+    (dict(data=4, data__batch_size=6), "data.batch_size=6"),
+    (dict(data=2, fsdp=2, data__batch_size=8, optimizer__accumulation_steps=4), "data.batch_size=8"),
+    (dict(tensor=4, model__num_heads=2), "model.num_heads=2"),
+    (dict(tensor=4, model__intermediate_size=30), "model.intermediate_size=30"),
+    (dict(fsdp=4, model__hidden_size=18, model__num_heads=2, model__generator_size=1.0), "model.hidden_size=18"),
+], ids=["batch", "microbatch", "heads", "feed_forward", "width"])
+def test_sizes_that_do_not_divide_are_refused_with_their_field(fields, named):
+    with pytest.raises(config.UserError) as error:
+        build(**fields)
+    assert named in str(error.value)
+
+
+@pytest.mark.parametrize("sizes, mesh", [((-1, 1, 1), (4, 1, 1)), ((1, -1, 2), (1, 2, 2)), ((-1, 2, 2), (1, 2, 2))])
+def test_minus_one_takes_the_devices_left(sizes, mesh):
+    made = sharding.make_mesh(dict(zip(sharding.AXES, sizes, strict=True)))
+    assert tuple(made.shape.values()) == mesh and tuple(made.shape) == sharding.AXES
+
+
+@pytest.mark.parametrize("sizes", [(3, 1, 1), (-1, -1, 1), (-1, 3, 1), (8, 1, 1), (-1, 8, 1)])
+def test_a_mesh_that_does_not_fit_the_devices_is_refused_with_its_fields(sizes):
+    with pytest.raises(config.UserError, match=r"mesh\.data="):
+        sharding.make_mesh(dict(zip(sharding.AXES, sizes, strict=True)))

@@ -1,0 +1,209 @@
+"""The joint loss and its gradient against the float64 oracle, and the metrics made of its sums."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+import tiny
+
+from electra_jax import config, model, objectives, sharding, step
+
+CASES = {
+    "default": {},
+    "reference": dict(objective__distinct_positions=False, objective__sampler="gumbel", objective__mask_prob=0.25),
+    "own_embeddings": dict(model__sharing="none", objective__temperature=0.7, model__vocab_size=200),
+    "all_shared": dict(model__sharing="all", model__generator_size=1.0, objective__disallow_correct=True),
+    "pre_norm_rotary": dict(model__norm="pre", model__positions="rotary", data__seq_len=29, objective__mlm_weight=2.0),
+    "equal_widths": dict(model__embedding_size=16, objective__rtd_weight=20.0, objective__mask_token_prob=1.0),
+    "uniform_generator": dict(objective__uniform_generator=True),
+    "mlm": dict(objective__name="mlm"),
+}
+
+
+class Case:
+    """A config with parameters and a batch, run by the package and by the oracle from the same key."""
+
+    def __init__(self, **fields):
+        self.config = c = tiny.config(**fields)
+        self.objective = step.Objective(c, tiny.SPECIAL_IDS)
+        self.params = tiny.params(lambda: model.init_params(
+            self.objective.module, jax.random.key(0), self.objective.init_method))
+        self.batch = tiny.batch(3, c.data.batch_size, c.data.seq_len, c.model.vocab_size)
+        self.key = jax.random.key(11)
+        row_keys, _ = self.objective._keys(self.key, self.batch)
+        shape = dict(num_masked=oracle.slots(c.objective.mask_prob, c.data.seq_len))
+        noise = objectives.draw_noise(row_keys, seq_len=c.data.seq_len, distinct=c.objective.distinct_positions, **shape)
+        self.selection = oracle.select(
+            self.batch, set(tiny.SPECIAL_IDS.values()), jax.tree.map(np.asarray, noise), mask_id=tiny.MASK,
+            num_slots=shape["num_masked"], mask_prob=c.objective.mask_prob, shown_prob=c.objective.mask_token_prob,
+            distinct=c.objective.distinct_positions)
+        self.sampler_noise = objectives.draw_sampler_noise(
+            row_keys, vocab_size=c.model.vocab_size, sampler=c.objective.sampler, **shape)
+
+    def run(self, microbatches=1):
+        """Gradient and sums of the package."""
+        return jax.jit(functools.partial(self.objective.gradients, microbatches=microbatches))(
+            self.params, self.batch, self.key)
+
+    def oracle(self, params=None, **options):
+        return oracle.forward(tiny.float64(self.params) if params is None else params, self.config, self.batch,
+                              self.selection, self.sampler_noise, **options)
+
+
+@pytest.mark.parametrize("fields", CASES.values(), ids=CASES)
+def test_joint_loss_and_its_sums_are_the_oracles(fields):
+    case = Case(**fields)
+    _, sums = case.run()
+    expected = case.oracle()
+    for part in ("mlm", "rtd"):
+        if expected[part]:
+            assert expected[part][1] > 5
+            np.testing.assert_allclose((sums[f"{part}_loss"], sums[f"{part}_weight"]), expected[part], rtol=1e-5)
+        else:
+            assert f"{part}_loss" not in sums
+    for name in ("mlm_correct", "mlm_shown", "replaced", "rtd_correct"):
+        if name in expected:
+            assert sums[name] == expected[name], name
+    if expected["rtd"]:
+        assert expected["margin"][case.selection[1] > 0].min() > 1e-5   # no draw that rounding could tip
+        assert expected["replaced"] > 5
+        real = np.isin(case.batch["input_ids"], (tiny.CLS, tiny.SEP, tiny.PAD), invert=True)
+        assert sums["auc_histograms"].sum() == real.sum()
+        assert sums["auc_histograms"][1].sum() == expected["replaced"]
+    assert step.summarize(sums, case.config)["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("fields", [
+    dict(data__batch_size=4, data__seq_len=18),
+    dict(data__batch_size=4, data__seq_len=18, model__norm="pre", model__positions="rotary", model__sharing="none",
+         objective__distinct_positions=False),
+    dict(data__batch_size=4, data__seq_len=18, model__sharing="all", model__generator_size=1.0),
+    dict(data__batch_size=4, data__seq_len=18, objective__name="mlm"),
+], ids=["default", "pre_norm_rotary_own_embeddings", "all_shared", "mlm"])
+def test_gradient_is_the_slope_of_the_oracles_loss(fields):
+    """Central differences with the replacements held fixed: three entries of every parameter tensor."""
+    case = Case(**fields)
+    grads, _ = case.run()
+    sampled = case.oracle().get("sampled")
+    exact, rng, width = tiny.float64(case.params), np.random.default_rng(0), 1e-5
+    values = tiny.flat(exact)   # views into `exact`: a change here is seen by the oracle
+    for name, grad in tiny.flat(grads).items():
+        scale = max(np.abs(grad).max(), 1e-2)
+        for flat_index in {int(np.abs(grad).argmax()), *rng.integers(0, grad.size, 2).tolist()}:
+            index = np.unravel_index(flat_index, grad.shape)
+            ends = []
+            for sign in (1, -1):
+                values[name][index] += sign * width
+                ends.append(case.oracle(exact, sampled=sampled)["loss"])
+                values[name][index] -= sign * width
+            slope = (ends[0] - ends[1]) / (2 * width)
+            assert grad[index] == pytest.approx(slope, abs=2e-5 * scale), (name, index)
+
+
+def test_no_gradient_flows_between_the_networks_but_through_shared_tables():
+    for sharing in ("embeddings", "none"):
+        small = dict(model__sharing=sharing, model__num_layers=1)
+        from_rtd, _ = Case(objective__mlm_weight=0.0, **small).run()
+        from_mlm, _ = Case(objective__rtd_weight=0.0, **small).run()
+        largest = lambda tree: max(float(jnp.abs(x).max()) for x in jax.tree.leaves(tree))   # noqa: E731
+        assert largest(from_rtd["generator"]) == 0 and largest(from_rtd["discriminator"]) > 0
+        assert largest(from_mlm["discriminator"]) == 0 and largest(from_mlm["generator"]) > 0
+        assert largest(from_rtd["embeddings"]) > 0
+        assert (largest(from_mlm["embeddings"]) > 0) == (sharing == "embeddings")
+
+
+def test_training_starts_at_the_loss_of_guessing():
+    c = tiny.config(model__vocab_size=1000, model__hidden_size=64, model__embedding_size=64, model__generator_size=0.25,
+                    model__hidden_dropout=0.1, model__attention_dropout=0.1)
+    objective = step.Objective(c, tiny.SPECIAL_IDS)
+    batch = tiny.batch(0, 8, 24, 1000)
+
+    @jax.jit
+    def first(key):
+        return objective.gradients(model.init_params(objective.module, key), batch, key, 1)[1]
+
+    assert step.summarize(first(jax.random.key(0)), c)["loss"] == pytest.approx(
+        math.log(1000) + 50 * math.log(2), abs=0.5)
+
+
+def test_dropout_differs_from_step_to_step_and_from_microbatch_to_microbatch():
+    """Rows of one candidate always select it, so that only dropout varies between keys.
+
+    Eight microbatches of such a row vary eight times as much as one; with one mask for all, 64 times.
+    """
+    c = tiny.config(objective__name="mlm", objective__mask_token_prob=1.0, model__hidden_dropout=0.3,
+                    model__num_layers=1)
+    objective = step.Objective(c, tiny.SPECIAL_IDS)
+    params = tiny.params(lambda: model.init_params(objective.module, jax.random.key(0), objective.init_method))
+    row = tiny.row(np.random.default_rng(0), 24, [3], c.model.vocab_size)
+
+    def variance(rows):
+        batch = {name: jnp.asarray(np.stack([x] * rows)) for name, x in row.items()}
+        losses = jax.jit(jax.vmap(lambda key: objective.gradients(params, batch, key, rows)[1]["mlm_loss"]))(
+            jax.random.split(jax.random.key(0), 400))
+        return np.var(losses)
+
+    assert variance(1) > 1e-3
+    assert 5 < variance(8) / variance(1) < 12
+
+
+def test_both_networks_drop_different_entries_of_the_shared_embeddings():
+    c = tiny.config(model__sharing="all", model__generator_size=1.0, model__hidden_dropout=0.3, model__num_layers=1)
+    objective = step.Objective(c, tiny.SPECIAL_IDS)
+    keys = []
+    apply = objective.module.apply
+
+    class Spy:
+        """Notes the dropout key that each network gets."""
+
+        def apply(self, *args, rngs, **options):
+            keys.append(np.asarray(jax.random.key_data(rngs["dropout"])))
+            return apply(*args, rngs=rngs, **options)
+
+    objective.module = Spy()
+    batch = tiny.batch(0, 8, 24, c.model.vocab_size)
+    params = tiny.params(lambda: model.init_params(model.build(c.model), jax.random.key(0)))
+    row_keys, dropout_key = objective._keys(jax.random.key(0), batch)
+    objective.forward(params, batch, objective.select(batch, row_keys), row_keys, dropout_key)
+    assert len(keys) == 2 and (keys[0] != keys[1]).any()
+
+
+def test_inspection_shows_what_the_discriminator_saw():
+    case = Case()
+    ours = jax.jit(case.objective.inspect)(case.params, case.batch, case.key)
+    sampled = case.oracle()["sampled"]
+    positions, weights = case.selection[:2]
+    ids, labels = oracle.replace(case.batch["input_ids"], sampled, positions, weights)
+    np.testing.assert_array_equal(ours["input_ids"], ids)
+    np.testing.assert_array_equal(ours["labels"], labels)
+    logits = oracle.discriminator_logits(tiny.float64(case.params), case.config.model, ids, case.batch)
+    np.testing.assert_allclose(ours["probabilities"], 1 / (1 + np.exp(-logits)), atol=1e-5)
+
+
+def test_summary_divides_sums_once():
+    c = config.get_config()
+    c.objective.mlm_weight, c.objective.rtd_weight = 2.0, 50.0
+    histograms = np.zeros((2, 8))
+    histograms[0, 2], histograms[1, 5], histograms[1, 2] = 80, 10, 10
+    sums = {"mlm_loss": 300.0, "mlm_weight": 100.0, "mlm_correct": 17.0, "mlm_shown": 85.0, "rtd_loss": 200.0,
+            "rtd_weight": 1000.0, "rtd_correct": 950.0, "replaced": 100.0, "auc_histograms": histograms,
+            "learning_rate": 1e-4, "grad_norm": 3.0}
+    out = step.summarize(sums, c)
+    expected = {"loss": 2 * 3.0 + 50 * 0.2, "mlm_loss": 3.0, "mlm_accuracy": 0.2, "rtd_loss": 0.2, "rtd_accuracy": 0.95,
+                "replaced_fraction": 0.1, "rtd_floor": -0.1 * math.log(0.1) - 0.9 * math.log(0.9), "rtd_auc": 0.75,
+                "learning_rate": 1e-4, "grad_norm": 3.0}
+    assert out == pytest.approx(expected)
+    twice = step.summarize({name: 2 * value for name, value in sums.items()}, c)
+    assert all(twice[name] == pytest.approx(out[name]) for name in out if name not in ("learning_rate", "grad_norm"))
+    nothing = step.summarize(dict.fromkeys(sums, 0.0) | {"auc_histograms": np.zeros((2, 8))}, c)
+    assert nothing["loss"] == 0 and math.isnan(nothing["mlm_accuracy"]) and math.isnan(nothing["rtd_auc"])
+
+
+def test_flops_of_a_step_are_three_forward_passes_of_the_batch():
+    c = tiny.config()
+    program = step.build(c, sharding.make_mesh(c.mesh, jax.devices()[:1]), tiny.SPECIAL_IDS)
+    assert program.flops_per_step == 3 * 8 * model.matmul_flops(c.model, 24, 3)
