@@ -4,6 +4,7 @@ import difflib
 import itertools
 import re
 import sys
+from pathlib import Path
 
 import ml_collections
 from absl import flags
@@ -39,7 +40,7 @@ def run_main(main, validate=config_lib.validate, argv: list[str] | None = None) 
 
 
 def parse(argv: list[str]) -> tuple[ml_collections.ConfigDict, str]:
-    """Returns (config, workdir) of a command line; workdir is "" when not given.
+    """Returns (config, workdir) of a command line; workdir is "runs/NAME-VARIANT" when not given.
 
     Raises UserError for a missing or broken config file, an unknown field and a value of the wrong type.
     """
@@ -53,7 +54,12 @@ def parse(argv: list[str]) -> tuple[ml_collections.ConfigDict, str]:
             _check_field(config, match.group(1))
     values = _parse(argv, " ".join(own))
     flags.FLAGS.mark_as_parsed()    # libraries (grain, tfds) read absl's global flags
-    return values.config, values.workdir
+    return values.config, values.workdir or _default_workdir(own[-1])
+
+
+def _default_workdir(config_arg: str) -> str:
+    file, _, variant = config_arg.split("=", 1)[-1].partition(":")
+    return "/".join(("runs", "-".join(filter(None, [Path(file).stem, *variant.split(",")]))))
 
 
 def _parse(argv: list[str], config_arg: str) -> flags.FlagValues:

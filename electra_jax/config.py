@@ -47,7 +47,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.objective = o = ml_collections.ConfigDict()
     o.name = "electra"               # "electra", or "mlm": masked language modelling with the full-size network
     o.mask_prob = 0.15               # share of the tokens that is selected
-    o.mask_token_prob = 0.85         # share of the selected that shows as [MASK], the rest keeps its token (paper text: 1.0)
+    o.mask_token_prob = 0.85         # share of the selected that shows as [MASK], the rest keep their token
     o.distinct_positions = True      # False: drawn with replacement, colliding ids averaged, as the original does
     o.sampler = "two_level"          # exact softmax draw: "two_level" (one uniform a level) or "gumbel" (one an entry)
     o.temperature = 1.0              # of the generator's softmax when it samples
@@ -57,11 +57,12 @@ def get_config() -> ml_collections.ConfigDict:
     o.rtd_weight = 50.0              # of the discriminator's loss in the sum (lambda in the paper)
 
     c.data = d = ml_collections.ConfigDict()
-    d.source = "pydocs"              # pydocs | text:GLOB | jsonl:GLOB#field | parquet:GLOB#column | tfds:NAME:SPLIT#feature;
-    #                                  several joined by ";", each with an optional weight: "text:a/*.txt@2;jsonl:b.jsonl#body"
-    d.text_documents = "blank"       # in text files a document ends at a "blank" line, or is a "line" or a whole "file"
+    d.source = "pydocs"              # pydocs | text:GLOB | jsonl:GLOB#field | parquet:GLOB#column |
+    #                                  tfds:NAME[/CONFIG]:SPLIT#feature; several joined by ";", @ gives a weight:
+    #                                  "text:a/*.txt.xz@2;jsonl:b.jsonl#body" (docs/data.md)
+    d.text_documents = "blank"       # in text files a document ends at a "blank" line, or is a "line" or "file"
     d.path = ""                      # folder of the token store; "": WORKDIR/tokens
-    d.tokenizer = "train"            # "train" a SentencePiece unigram model, or a path: *.model, vocab.txt, tokenizer.json
+    d.tokenizer = "train"            # "train" a SentencePiece model, or a path: *.model, vocab.txt, tokenizer.json
     d.vocab_size = 4096              # pieces of the SentencePiece model to train
     d.lowercase = True               # lower-case the text (WordPiece vocabularies and trained SentencePiece models)
     d.strip_accents = "auto"         # WordPiece: "auto" strips them when lower-casing (as BERT), "yes" or "no"
@@ -72,7 +73,7 @@ def get_config() -> ml_collections.ConfigDict:
     d.segment_pairs = True           # [CLS] A [SEP] B [SEP] from one document; False: [CLS] A [SEP]
     d.single_segment_prob = 0.1      # with segment pairs, share of the pieces that stay [CLS] A [SEP]
     d.short_prob = 0.05              # about this share of the pieces is cut short at random
-    d.pack = True                    # short pieces share a sequence, attention kept within each; False: a sequence a piece
+    d.pack = True                    # short pieces share a sequence, attention within each; False: a sequence each
     d.prefetch = 4                   # batches made ahead of the device
 
     c.optimizer = t = ml_collections.ConfigDict()

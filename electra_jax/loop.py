@@ -206,8 +206,8 @@ class Run:
             print(f"\nheld-out documents after {self.steps} steps, {self.meta['tokens'] / 1e6:.1f} M tokens, "
                   f"{metrics.format_duration(self.meta['train_s'])} of training:")
             if "mlm_loss" in r:
-                print(f"  generator      MLM loss {r['mlm_loss']:.3f} nats, {entropy - r['mlm_loss']:.2f} under the unigram "
-                      f"entropy of {entropy:.3f}; accuracy {r['mlm_accuracy']:.1%}")
+                print(f"  generator      MLM loss {r['mlm_loss']:.3f} nats, {entropy - r['mlm_loss']:.2f} under the "
+                      f"unigram entropy of {entropy:.3f}; accuracy {r['mlm_accuracy']:.1%}")
             if "rtd_loss" in r:
                 print(f"  discriminator  RTD loss {r['rtd_loss']:.4f} nats, floor of a constant guess "
                       f"{r['rtd_floor']:.4f}; AUC {r['rtd_auc']:.3f}; {r['replaced_fraction']:.1%} replaced")
@@ -215,7 +215,7 @@ class Run:
             batch = self.eval_loader.batch_at(0)
             seen = jax.device_get(self.program.inspect_step(
                 self.state["params"], sharding.global_batch(batch, self.mesh), 0))
-            print("\nheld-out text as the discriminator saw it: original→replacement in red, and behind each token the\n"
+            print("\nheld-out text as the discriminator saw it: original→replacement, and behind each token the\n"
                   "probability in percent that it was replaced\n")
             show.print_examples(show.examples(batch, seen, self.tokenizer.token, self.config.run.show_examples))
         print(f"checkpoint   {self.checkpointer.directory / str(int(self.state['step']))}\n"

@@ -373,7 +373,7 @@ class Electra(nn.Module):
 
     def hidden_states(self, input_ids_BL, token_type_ids_BL, piece_ids_BL, position_ids_BL,
                       deterministic=True, all_layers=False):
-        """The discriminator's last hidden states [B, L, D]; with `all_layers` also those before each layer and after."""
+        """The discriminator's last hidden states [B, L, D]; with `all_layers` also the input of each layer."""
         x_BLE = self.embeddings(input_ids_BL, token_type_ids_BL, position_ids_BL, deterministic)
         return self.discriminator.encoder(x_BLE, piece_ids_BL, position_ids_BL, deterministic, all_layers)
 

@@ -1,11 +1,14 @@
 """Prints held-out sentences as the discriminator saw them, each token with its probability of being replaced."""
 
+from collections.abc import Callable
+
 import numpy as np
 from rich.console import Console
 from rich.text import Text
 
 
-def examples(batch: dict[str, np.ndarray], seen: dict[str, np.ndarray], token, count: int, max_tokens: int = 60) -> list[Text]:
+def examples(batch: dict[str, np.ndarray], seen: dict[str, np.ndarray], token: Callable[[int], str], count: int,
+             max_tokens: int = 60) -> list[Text]:
     """Returns `count` annotated sentences, one for each of the first rows of the batch.
 
     `seen` holds the corrupted `input_ids`, `labels` and `probabilities`, all [B, L]; `token` maps an id to

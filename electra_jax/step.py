@@ -60,7 +60,7 @@ def build(config, mesh: Mesh, special_ids: dict[str, int]) -> Program:
         key = jax.random.fold_in(jax.random.fold_in(root, _TRAIN), state["step"])
         grads, sums = objective.gradients(state["params"], batch, key, config.optimizer.accumulation_steps)
         updates, opt_state = tx.update(grads, state["opt_state"], state["params"])
-        sums["grad_norm"] = optax.global_norm(grads)
+        sums["grad_norm"] = optax.tree.norm(grads)
         sums["learning_rate"] = optimizer.learning_rate(config.optimizer, state["step"])
         params = optax.apply_updates(state["params"], updates)
         return {"step": state["step"] + 1, "params": params, "opt_state": opt_state}, sums

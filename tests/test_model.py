@@ -12,7 +12,10 @@ import tiny
 
 from electra_jax import config, model
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 ARCHITECTURES = {
+    "default": {},
     "published": dict(model__hidden_size=256, model__num_heads=4, model__embedding_size=128,
                       model__intermediate_size=1024, model__generator_size=0.25, model__num_layers=1),
     "equal_widths": dict(model__embedding_size=16, model__generator_size=1.0),
@@ -49,7 +52,7 @@ def run(module, params, batch, positions):
 
 def logits(module, params, batch):
     """Generator's logits at all positions, and the discriminator's."""
-    at_all, _, rtd, _ = run(module, params, batch, np.zeros((len(batch["input_ids"]), 1), int))
+    at_all, _, rtd, _ = run(module, params, batch, np.zeros((8, 4), int))
     return at_all, rtd
 
 
@@ -72,27 +75,28 @@ def test_logits_and_hidden_states_are_the_oracles(fields):
         np.testing.assert_array_equal(states[-1], last)
 
 
-@pytest.mark.parametrize("positions", ["absolute", "rotary"])
-def test_a_packed_piece_gets_the_logits_it_gets_alone(positions):
-    _, module, params, batch = build(model__positions=positions)
-    row = {name: x[2:3] for name, x in batch.items()}   # two pieces
-    second = row["piece_ids"][0] == 2
-    alone = {name: x[:, second] for name, x in row.items()}
-    assert 0 < second.sum() < len(second)
-    for packed, single in zip(logits(module, params, row), logits(module, params, alone), strict=True):
-        np.testing.assert_allclose(packed[:, second], single, atol=2e-5)
+@pytest.mark.parametrize("name", ["default", "pre_norm_rotary"])
+def test_a_packed_piece_gets_the_logits_it_gets_alone(name):
+    _, module, params, batch = build(**ARCHITECTURES[name])
+    second = batch["piece_ids"][2] == 2
+    length = second.sum()
+    assert 0 < length < len(second)
+    alone = {name: x.copy() for name, x in batch.items()}
+    for x in alone.values():
+        x[2] = np.pad(x[2][second], (0, len(second) - length))
+    for packed, single in zip(logits(module, params, batch), logits(module, params, alone), strict=True):
+        np.testing.assert_allclose(packed[2][second], single[2][:length], atol=2e-5)
 
 
-@pytest.mark.parametrize("fields", [{}, {"model__norm": "pre", "model__remat": "full"},
-                                    {"model__sharing": "all", "model__generator_size": 1.0, "model__remat": "dots"}],
-                         ids=["plain", "pre_norm_remat_full", "shared_remat_dots"])
+@pytest.mark.parametrize("fields", [ARCHITECTURES["default"], ARCHITECTURES["pre_norm_rotary"],
+                                    ARCHITECTURES["all_shared"]], ids=["default", "pre_norm_rotary", "all_shared"])
 def test_scanned_layers_compute_what_unrolled_ones_do(fields):
     c, module, params, batch = build(**fields)
     c.model.scan_layers = True
     scanned = model.build(c.model)
     stacked = model.stack_layers(params)
     jax.tree.map(np.testing.assert_array_equal, model.unstack_layers(stacked), params)
-    positions = np.zeros((8, 1), int)
+    positions = np.zeros((8, 4), int)
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5),
                  run(module, params, batch, positions), run(scanned, stacked, batch, positions))
 

@@ -12,12 +12,16 @@ import tiny
 
 from electra_jax import config, objectives
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 VOCAB = 300   # does not divide by the sampler's chunk of 128
 SPECIALS = frozenset(tiny.SPECIAL_IDS.values())
 MODES = pytest.mark.parametrize("distinct", [True, False], ids=["distinct", "with_replacement"])
 SAMPLERS = pytest.mark.parametrize("sampler", ["two_level", "gumbel"])
 select_positions = jax.jit(objectives.select_positions, static_argnames=(
     "mask_id", "num_masked", "mask_prob", "mask_token_prob", "distinct"))
+sample_replacements = jax.jit(objectives.sample_replacements, static_argnames=(
+    "sampler", "temperature", "disallow_correct"))
 LENGTHS = pytest.mark.parametrize("mask_prob, seq_len", [(0.15, 16), (0.25, 37), (0.15, 64), (0.25, 128), (0.15, 128)])
 
 
@@ -176,6 +180,12 @@ LOGITS = {
 }
 
 
+@functools.cache
+def sampler_noise(sampler, rows, slots):
+    keys = jax.random.split(jax.random.key(3), rows)
+    return objectives.draw_sampler_noise(keys, num_masked=slots, vocab_size=VOCAB, sampler=sampler)
+
+
 @SAMPLERS
 def test_sampled_ids_are_the_oracles(sampler):
     for seed, options in enumerate(({}, {"temperature": 0.7}, {"disallow_correct": True}, {"temperature": 3.0})):
@@ -183,7 +193,7 @@ def test_sampled_ids_are_the_oracles(sampler):
         logits = rng.normal(0, 3, (8, 20, VOCAB)).astype(np.float32)
         targets = np.where(rng.random((8, 20)) < 0.5, logits.argmax(-1), rng.integers(0, VOCAB, (8, 20)))
         noise = uniforms(rng, (8, 20, 2 if sampler == "two_level" else VOCAB))
-        ours = objectives.sample_replacements(logits, targets, noise, sampler=sampler, **options)
+        ours = sample_replacements(logits, targets, noise, sampler=sampler, **options)
         theirs, margin = oracle.sample(logits, targets, noise, sampler, **options)
         clear = margin > 1e-5   # where float32 cannot tip the decision
         assert clear.mean() > 0.95
@@ -197,11 +207,9 @@ def test_sampled_ids_are_the_oracles(sampler):
 def test_samples_follow_the_softmax(sampler, kind, options):
     target, (rows, slots) = 258, (400, 100)
     expected = oracle.token_probabilities(LOGITS[kind], target, **options) * rows * slots
-    noise = objectives.draw_sampler_noise(jax.random.split(jax.random.key(3), rows), num_masked=slots,
-                                          vocab_size=VOCAB, sampler=sampler)
-    sample = jax.jit(functools.partial(objectives.sample_replacements, sampler=sampler, **options))
     logits = jnp.broadcast_to(jnp.asarray(LOGITS[kind], jnp.float32), (rows, slots, VOCAB))
-    drawn = np.asarray(sample(logits, jnp.full((rows, slots), target), noise))
+    noise = sampler_noise(sampler, rows, slots)
+    drawn = np.asarray(sample_replacements(logits, np.full((rows, slots), target), noise, sampler=sampler, **options))
     counts = np.bincount(drawn.ravel(), minlength=VOCAB)
     assert len(counts) == VOCAB and not counts[expected < 1e-12].any()
     rare = expected < 5   # too few to test one by one: together
@@ -222,7 +230,7 @@ def test_extreme_uniforms_give_valid_ids(sampler, vocab_size):
     for a, b in ((0, 0), (0, 0.99999994), (0.99999994, 0), (0.99999994, 0.99999994)):
         noise = np.full((1, 64, 2 if sampler == "two_level" else vocab_size), a, np.float32)
         noise[..., 1::2] = b
-        drawn = objectives.sample_replacements(logits, targets, noise, sampler=sampler)
+        drawn = sample_replacements(logits, targets, noise, sampler=sampler)
         assert np.all((drawn >= vocab_size // 2) & (drawn < vocab_size)), (a, b)
 
 

@@ -12,6 +12,8 @@ import tiny
 
 from electra_jax import model, optimizer
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 
 def parameters(**fields):
     module = model.build(tiny.config(**fields).model)
@@ -24,7 +26,8 @@ def should_decay(name):
     return kinds[name.split("/")[-1]]
 
 
-TREES = {"post": {}, "pre_scanned": dict(model__norm="pre", model__scan_layers=True), "own": dict(model__sharing="none")}
+TREES = {"post": {}, "pre_scanned": dict(model__norm="pre", model__scan_layers=True),
+         "own_embeddings": dict(model__sharing="none")}
 
 
 @pytest.mark.parametrize("fields", TREES.values(), ids=TREES)
@@ -79,7 +82,7 @@ def test_fifty_steps_are_the_published_adamw(scale, clip_norm):
                     optimizer__clip_norm=clip_norm).optimizer
     params = parameters()
     grads = gradients(params, 50, scale)
-    norms = [float(optax.global_norm(g)) for g in grads]
+    norms = [sum(float((x.astype(float) ** 2).sum()) for x in jax.tree.leaves(g)) ** 0.5 for g in grads]
     assert {"1.0": min(norms) > 1, "0.0001": max(norms) < 1}.get(str(scale), min(norms) < 1 < max(norms))
     rates = [oracle.learning_rate(t, peak=1e-3, steps=60, warmup=8) for t in range(50)]
     expected = oracle.adamw(tiny.flat(params), [tiny.flat(g) for g in grads], rates, should_decay, beta1=0.9,
@@ -93,7 +96,7 @@ def test_the_first_step_has_rate_zero_but_moves_the_moments():
     c = tiny.config().optimizer
     params = parameters()
     tx = optimizer.build(c)
-    updates, state = tx.update(gradients(params, 1, 1e-4)[0], tx.init(params), params)
+    updates, state = jax.jit(tx.update)(gradients(params, 1, 1e-4)[0], tx.init(params), params)
     assert not any(np.any(x) for x in jax.tree.leaves(updates))
     moments = next(s for s in jax.tree.leaves(state, is_leaf=lambda s: hasattr(s, "mu")) if hasattr(s, "mu"))
     assert all(np.any(x) for x in jax.tree.leaves((moments.mu, moments.nu)))

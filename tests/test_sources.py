@@ -201,6 +201,21 @@ def test_pydocs_finds_the_docstrings_that_ast_finds():
     assert total > 200 and missing <= 0.01 * total and extra <= 0.02 * total
 
 
+def test_pydocs_takes_docstrings_only_and_reads_their_escapes():
+    doc, other = ("word " * 20).strip(), ("other " * 20).strip()
+    source = f'''#!/usr/bin/python  # a comment with """ in it
+"""{doc} 0"""
+x = """{other}"""
+def f(a="it's"):  # it's
+    r"""{doc} 1\\d"""
+    """{other}"""
+    return ("{other}", f"""{other}""")
+class C:
+    \'\'\'{doc} 2 \\u00e9 " \'\'\'
+'''
+    assert pydocs.raw_docstrings(source.encode()) == [f"{doc} 0", f"{doc} 1\\d", f"{doc} 2 é \" "]
+
+
 def test_pydocs_leaves_out_code_and_tables_and_keeps_prose():
     prose = "Returns the number of things that were found, as an integer which is never negative."
     code = ">>> count([1, 2])\n2"

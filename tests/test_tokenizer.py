@@ -60,7 +60,8 @@ def test_wordpiece_lowercases_strips_accents_and_finds_the_longest_piece(vocab):
     assert pieces == ["un", "##want", "##ed", ",", "run", "##ning", *GREEK[:4], "[UNK]"]    # final sigma
     assert tokenizer.encode("a" * 201) == [tokenizer.unk_id]
     for lowercase, strip, text, known in [(True, "no", "wantéd", False), (False, "yes", "unwantéd", True),
-                                          (False, "auto", "UN", False), (False, "auto", "un", True)]:
+                                          (False, "auto", "UN", False), (False, "auto", "un", True),
+                                          (False, "auto", "unwantéd", False)]:
         ids = load_tokenizer(vocab, lowercase, strip).encode(text)
         assert (tokenizer.unk_id not in ids) == known, (lowercase, strip, text)
 

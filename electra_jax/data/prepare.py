@@ -305,8 +305,6 @@ _EMPTY = "data.source={}: it holds no text; check the files."
 
 def main(config, workdir) -> None:
     """The command line's entry; `data.path` or WORKDIR/tokens is where the store goes."""
-    if not config.data.path and not workdir:
-        raise UserError("data.path is empty: give --config.data.path=DIR, or --workdir=DIR for DIR/tokens.")
     prepare(config, config.data.path or Path(workdir) / "tokens")
 
 
