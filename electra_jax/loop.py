@@ -41,18 +41,17 @@ class Interval:
         self._sums.append(sums)
         self.throughput.step(self._config.data.batch_size * self._config.data.seq_len)
 
-    def read(self) -> dict[str, float]:
-        """Returns the metrics over the steps added since the last read, and forgets them."""
+    def read(self) -> tuple[dict[str, float], float]:
+        """Returns the metrics over the steps added since the last read and the seconds they took; forgets them."""
         each = jax.device_get(self._sums)
         self._sums = []
         values = step.summarize({name: sum(s[name] for s in each) for name in each[0]}, self._config)
         values |= {"grad_norm": float(np.mean([s["grad_norm"] for s in each])),
                    "learning_rate": float(each[-1]["learning_rate"])}
         values |= self.throughput.read()
-        if "step_s" in values:
-            mesh = self._program.mesh
-            values["mfu"] = metrics.mfu(self._program.flops_per_step, values["step_s"], list(mesh.devices.flat))
-        return values
+        devices = list(self._program.mesh.devices.flat)
+        values["mfu"] = metrics.mfu(self._program.flops_per_step, values["step_s"], devices)
+        return values, values["step_s"] * len(each)
 
 
 class Run:
@@ -76,8 +75,8 @@ class Run:
         self.identity = {"tokenizer": tokenizer.fingerprint, "manifest_hash": store.manifest_hash}
         restored = self.checkpointer.restore(self.program.abstract_state,
                                              self.identity | {"config": config.to_dict()})
-        self.state, self.meta = restored or (initial_state(config, self.program),
-                                             {"tokens": 0, "train_s": 0.0, "evaluated": False})
+        self.state, self.meta = restored or (initial_state(config, self.program, tokenizer.fingerprint),
+                                             {"tokens": 0, "train_s": 0.0, "data_wait_s": 0.0, "evaluated": False})
         self.start_step, self.steps = int(self.state["step"]), config.optimizer.steps
         if self.start_step > self.steps:
             raise UserError(f"optimizer.steps={self.steps}, but the newest checkpoint in {workdir} has "
@@ -118,7 +117,7 @@ class Run:
                     in_flight.popleft().block_until_ready()
                 self.progress.advance(now)
                 self.watchdog.beat()
-                if now % run.log_every_steps == 0 or now == self.steps or self.stop.requested:
+                if now % run.log_every_steps == 0 or now == self.steps:
                     self._log(now, interval)
                 if now == self.steps:
                     break
@@ -126,6 +125,7 @@ class Run:
                     if run.eval_every_steps and now % run.eval_every_steps == 0 and not self.stop.requested:
                         self._evaluate(now)
                     if self.stop.requested or self.checkpointer.should_save(now):
+                        self._check_finite("the gradient's norm", sums["grad_norm"], now)
                         self._save()
                 if self.stop.requested:
                     return False
@@ -143,13 +143,19 @@ class Run:
         return not self.stop.requested
 
     def _log(self, now: int, interval: Interval) -> None:
-        values = interval.read()
-        self.meta["train_s"] += values.get("step_s", 0.0) * self.config.run.log_every_steps
-        if not np.isfinite(values["loss"]):
-            raise UserError(f"the loss is {values['loss']} at step {now}: lower optimizer.learning_rate="
-                            f"{self.config.optimizer.learning_rate} or raise optimizer.warmup_steps, and start anew.")
+        values, elapsed_s = interval.read()
+        self.meta["train_s"] += elapsed_s
+        self.meta["data_wait_s"] += values["data_wait"] * elapsed_s
+        self._check_finite("the loss", values["loss"], now)
         self.writer.write(now, values)
         self.progress.update(now, values)
+
+    def _check_finite(self, what: str, value, now: int) -> None:
+        # Before a save, so that the newest checkpoint is always one to go on from.
+        if not np.isfinite(value):
+            raise UserError(f"{what} is {float(value)} at step {now}: lower optimizer.learning_rate="
+                            f"{self.config.optimizer.learning_rate} or raise optimizer.warmup_steps, and start in "
+                            "another --workdir.")
 
     def _held_out(self) -> dict[str, float] | None:
         """Returns the metrics on held-out documents; None without any, or after a stop signal."""
@@ -200,14 +206,18 @@ class Run:
 
     def _report(self) -> None:
         """Prints what was learned, sentences with their probabilities, and where everything lies."""
+        done = f"{self.steps} steps, {self.meta['tokens'] / 1e6:.1f} M tokens"
+        if self.meta["train_s"]:
+            done += (f", {metrics.format_duration(self.meta['train_s'])} of training, of which the device waited "
+                     f"{self.meta['data_wait_s'] / self.meta['train_s']:.1%} for data")
+        print(f"\n{done}")
         if self.results:
-            entropy = self.store.unigram_entropy
-            r = self.results
-            print(f"\nheld-out documents after {self.steps} steps, {self.meta['tokens'] / 1e6:.1f} M tokens, "
-                  f"{metrics.format_duration(self.meta['train_s'])} of training:")
+            entropy, r = self.store.unigram_entropy, self.results
+            print("on held-out documents:")
             if "mlm_loss" in r:
-                print(f"  generator      MLM loss {r['mlm_loss']:.3f} nats, {entropy - r['mlm_loss']:.2f} under the "
-                      f"unigram entropy of {entropy:.3f}; accuracy {r['mlm_accuracy']:.1%}")
+                print(f"  generator      MLM loss at [MASK] {r['mlm_masked_loss']:.3f} nats, "
+                      f"{entropy - r['mlm_masked_loss']:.2f} under the unigram entropy of {entropy:.3f}; accuracy "
+                      f"{r['mlm_accuracy']:.1%} (all selected positions: {r['mlm_loss']:.3f})")
             if "rtd_loss" in r:
                 print(f"  discriminator  RTD loss {r['rtd_loss']:.4f} nats, floor of a constant guess "
                       f"{r['rtd_floor']:.4f}; AUC {r['rtd_auc']:.3f}; {r['replaced_fraction']:.1%} replaced")
@@ -224,15 +234,18 @@ class Run:
             print(f"tensorboard  tensorboard --logdir {self.workdir / 'tensorboard'}")
 
 
-def initial_state(config, program: step.Program) -> step.State:
+def initial_state(config, program: step.Program, fingerprint: str) -> step.State:
     """Returns fresh parameters, or those of `run.init_from` with a fresh optimizer and step 0.
 
-    Raises UserError when the checkpoint's parameters are of other names or shapes.
+    Raises UserError when the checkpoint's parameters are of another tokenizer, or of other names or shapes.
     """
     state = program.init_state()
     if not config.run.init_from:
         return state
-    params, _, _ = checkpoint.load_params(config.run.init_from, tuple(state["params"]))
+    params, meta, _ = checkpoint.load_params(config.run.init_from, tuple(state["params"]))
+    if meta["tokenizer"] != fingerprint:
+        raise UserError(f"run.init_from={config.run.init_from} was trained with another tokenizer than that of the "
+                        "token store: prepare the data with data.tokenizer set to that run's tokenizer.")
     ours, theirs = ({path_name(path): x.shape for path, x in jax.tree_util.tree_leaves_with_path(tree)}
                     for tree in (state["params"], params))
     for path in sorted(ours.keys() | theirs.keys()):

@@ -230,7 +230,8 @@ def _masked_crc32c(data: bytes) -> bytes:
 # What a line shows of the values, in this order; absent or None ones are left out.
 _TRAIN = {"loss": "loss {:.3f}", "mlm_loss": "mlm {:.3f}", "rtd_loss": "rtd {:.4f}",
           "replaced_fraction": "replaced {:.1%}", "tokens_per_s": "{:,.0f} tokens/s", "mfu": "mfu {:.1%}"}
-_EVAL = {"loss": "loss {:.3f}", "mlm_loss": "mlm {:.3f}", "mlm_accuracy": "mlm accuracy {:.1%}",
+_EVAL = {"loss": "loss {:.3f}", "mlm_loss": "mlm {:.3f}", "mlm_masked_loss": "at [MASK] {:.3f}",
+         "mlm_accuracy": "accuracy {:.1%}",
          "rtd_loss": "rtd {:.4f}", "rtd_floor": "rtd floor {:.4f}", "rtd_auc": "rtd auc {:.4f}",
          "replaced_fraction": "replaced {:.1%}"}
 

@@ -6,6 +6,8 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
+_SPACE = "\u2581"   # SentencePiece's mark of a word's start
+
 
 def examples(batch: dict[str, np.ndarray], seen: dict[str, np.ndarray], token: Callable[[int], str], count: int,
              max_tokens: int = 60) -> list[Text]:
@@ -20,18 +22,27 @@ def examples(batch: dict[str, np.ndarray], seen: dict[str, np.ndarray], token: C
 
 
 def _sentence(original, piece_ids, ids, labels, probabilities, token, max_tokens: int) -> Text:
+    places = np.flatnonzero(piece_ids == 1)[1:max_tokens]
+    marked = any(token(int(i)).startswith(_SPACE) for i in original[places])
     text = Text()
-    for i in np.flatnonzero(piece_ids == 1)[1:max_tokens]:
+    for i in places:
         if text:
             text.append(" ")
-        word = token(int(original[i])).replace("\u2581", "_")
+        word = _readable(token(int(original[i])), marked)
         if labels[i]:
-            text.append(f"{word}→{token(int(ids[i])).replace(chr(0x2581), '_')}", "bold red")
+            text.append(f"{word}→{_readable(token(int(ids[i])), marked)}", "bold red")
         else:
             text.append(word)
         # Colour by what the discriminator believes, so that hits and misses show at a glance.
         text.append(f"·{100 * probabilities[i]:.0f}", "yellow" if probabilities[i] > 0.2 else "dim")
     return text
+
+
+def _readable(piece: str, marked: bool) -> str:
+    """Writes a SentencePiece (`marked` word starts) as WordPiece does: the word's start plain, the rest behind ##."""
+    if not marked or piece.startswith("["):
+        return piece
+    return piece[1:] or _SPACE if piece.startswith(_SPACE) else f"##{piece}"
 
 
 def print_examples(texts: list[Text]) -> None:

@@ -154,10 +154,11 @@ class Objective:
         sums = {}
         if not self.config.uniform_generator:
             total, weight, correct_BM = objectives.mlm_loss(logits_BMV, selection.targets_BM, selection.weights_BM)
-            # Accuracy over what shows as [MASK] only: a visible token is no test.
+            # What a selected but visible token adds is copying, no test of the network: apart, for the metrics.
             shown_BM = selection.shown_BM.astype(jnp.float32)
+            shown_total, shown, _ = objectives.mlm_loss(logits_BMV, selection.targets_BM, shown_BM)
             sums |= {"mlm_loss": total, "mlm_weight": weight, "mlm_correct": jnp.sum(correct_BM * shown_BM),
-                     "mlm_shown": jnp.sum(shown_BM)}
+                     "mlm_shown_loss": shown_total, "mlm_shown": shown}
         if self.is_mlm:
             return sums
         logits_BL = self.discriminate(params, batch, replaced_ids_BL, dropout_key)
@@ -244,13 +245,15 @@ class Objective:
 def summarize(sums: dict[str, np.ndarray], config) -> dict[str, float]:
     """Divides the sums of one step, or of several added up, into the metrics that a user reads.
 
-    Losses in nats; `rtd_floor` is the loss of always predicting the replaced fraction.
+    Losses in nats. `mlm_loss` is the trained loss over all selected positions; `mlm_masked_loss` and `mlm_accuracy`
+    count those that show as [MASK] only. `rtd_floor` is the loss of always predicting the replaced fraction.
     """
     s = {name: np.asarray(value, np.float64) for name, value in sums.items()}
     out = {"loss": 0.0}
     if "mlm_loss" in s:
         out["mlm_loss"] = float(s["mlm_loss"] / max(s["mlm_weight"], 1e-6))
-        out["mlm_accuracy"] = float(s["mlm_correct"] / s["mlm_shown"]) if s["mlm_shown"] else math.nan
+        for name, total in (("mlm_masked_loss", "mlm_shown_loss"), ("mlm_accuracy", "mlm_correct")):
+            out[name] = float(s[total] / s["mlm_shown"]) if s["mlm_shown"] else math.nan
         out["loss"] += config.objective.mlm_weight * out["mlm_loss"]
     if "rtd_loss" in s:
         weight = max(s["rtd_weight"], 1e-6)

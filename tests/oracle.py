@@ -267,6 +267,7 @@ def forward(params, config, batch, selection, sampler_noise=None, sampled=None):
         out["mlm"] = mlm_loss(logits, targets, weights)
         right = logits.argmax(-1) == targets
         out["mlm_correct"], out["mlm_shown"] = (right & shown).sum(), shown.sum()
+        out["mlm_shown_loss"] = mlm_loss(logits, targets, shown)[0]
     if o.name == "electra":
         if sampled is None:
             sampled, out["margin"] = sample(logits, targets, sampler_noise, o.sampler, temperature=o.temperature,

@@ -69,6 +69,8 @@ def test_joint_loss_and_its_sums_are_the_oracles(fields):
     for name in ("mlm_correct", "mlm_shown", "replaced", "rtd_correct"):
         if name in expected:
             assert sums[name] == expected[name], name
+    if expected["mlm"]:
+        assert sums["mlm_shown_loss"] == pytest.approx(expected["mlm_shown_loss"], rel=1e-5)
     if expected["rtd"]:
         assert expected["margin"][case.selection[1] > 0].min() > 1e-5   # no draw that rounding could tip
         assert expected["replaced"] > 5
@@ -189,12 +191,14 @@ def test_summary_divides_sums_once():
     c.objective.mlm_weight, c.objective.rtd_weight = 2.0, 50.0
     histograms = np.zeros((2, 8))
     histograms[0, 2], histograms[1, 5], histograms[1, 2] = 80, 10, 10
-    sums = {"mlm_loss": 300.0, "mlm_weight": 100.0, "mlm_correct": 17.0, "mlm_shown": 85.0, "rtd_loss": 200.0,
+    sums = {"mlm_loss": 300.0, "mlm_weight": 100.0, "mlm_correct": 17.0, "mlm_shown": 85.0,
+            "mlm_shown_loss": 340.0, "rtd_loss": 200.0,
             "rtd_weight": 1000.0, "rtd_correct": 950.0, "replaced": 100.0, "auc_histograms": histograms,
             "learning_rate": 1e-4, "grad_norm": 3.0}
     out = step.summarize(sums, c)
-    expected = {"loss": 2 * 3.0 + 50 * 0.2, "mlm_loss": 3.0, "mlm_accuracy": 0.2, "rtd_loss": 0.2, "rtd_accuracy": 0.95,
-                "replaced_fraction": 0.1, "rtd_floor": -0.1 * math.log(0.1) - 0.9 * math.log(0.9), "rtd_auc": 0.75,
+    expected = {"loss": 2 * 3.0 + 50 * 0.2, "mlm_loss": 3.0, "mlm_masked_loss": 4.0, "mlm_accuracy": 0.2, "rtd_loss": 0.2, "rtd_accuracy": 0.95,
+                "replaced_fraction": 0.1,
+                "rtd_floor": -0.1 * math.log(0.1) - 0.9 * math.log(0.9), "rtd_auc": 0.75,
                 "learning_rate": 1e-4, "grad_norm": 3.0}
     assert out == pytest.approx(expected)
     twice = step.summarize({name: 2 * value for name, value in sums.items()}, c)

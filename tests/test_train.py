@@ -198,6 +198,12 @@ def test_init_from_takes_the_parameters_and_starts_at_step_0(config, straight, t
     assert any(ours[path] != theirs[path] for path in ours if path.startswith("opt_state/"))
 
 
+def test_init_from_refuses_parameters_of_another_tokenizer(config, straight, tmp_path, capfd):
+    code = cli.run_main(train.main, argv=["train", f"--config={config}", f"--workdir={tmp_path}",
+                                          f"--config.run.init_from={straight}", "--config.data.lowercase=False"])
+    assert code == 2 and "another tokenizer" in capfd.readouterr().err
+
+
 def test_the_mlm_baseline_trains_and_loads(config, straight, tmp_path):
     output = finish(start(config, tmp_path, "--config.objective.name=mlm", "--config.optimizer.steps=4",
                           f"--config.data.path={straight / 'tokens'}"))
