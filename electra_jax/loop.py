@@ -215,11 +215,13 @@ class Run:
             entropy, r = self.store.unigram_entropy, self.results
             print("on held-out documents:")
             if "mlm_loss" in r:
-                print(f"  generator      MLM loss at [MASK] {r['mlm_masked_loss']:.3f} nats, "
-                      f"{entropy - r['mlm_masked_loss']:.2f} under the unigram entropy of {entropy:.3f}; accuracy "
-                      f"{r['mlm_accuracy']:.1%} (all selected positions: {r['mlm_loss']:.3f})")
+                gain = entropy - r["mlm_masked_loss"]
+                print(f"  generator      MLM loss at [MASK] {r['mlm_masked_loss']:.3f} nats, {abs(gain):.2f} "
+                      f"{'under' if gain > 0 else 'over'} the unigram entropy of {entropy:.3f}; "
+                      f"accuracy {r['mlm_accuracy']:.1%}\n"
+                      f"                 {r['mlm_loss']:.3f} at all selected positions, visible ones included")
             if "rtd_loss" in r:
-                print(f"  discriminator  RTD loss {r['rtd_loss']:.4f} nats, floor of a constant guess "
+                print(f"  discriminator  RTD loss {r['rtd_loss']:.4f} nats, a constant guess would have "
                       f"{r['rtd_floor']:.4f}; AUC {r['rtd_auc']:.3f}; {r['replaced_fraction']:.1%} replaced")
         if self.results and "rtd_loss" in self.results and self.config.run.show_examples:
             batch = self.eval_loader.batch_at(0)

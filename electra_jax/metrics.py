@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import rich.console
 import rich.progress
+import rich.table
 from etils import epath
 
 # --- Replaced-token detection: AUC that adds up over steps and devices ---------------------------
@@ -264,9 +265,10 @@ class Progress:
         self._stamps: deque[tuple[float, int]] = deque(maxlen=20)
         self._bar = None
         if self._console.is_terminal:
+            fixed = rich.table.Column(no_wrap=True, min_width=2 * len(str(total_steps)) + 6)
             self._bar = rich.progress.Progress(
-                rich.progress.TextColumn("step {task.completed}/{task.total}"), rich.progress.BarColumn(20),
-                rich.progress.TextColumn("{task.percentage:.1f}%  {task.description}"),
+                rich.progress.TextColumn("step {task.completed}/{task.total}", table_column=fixed),
+                rich.progress.BarColumn(10), rich.progress.TextColumn("{task.description}"),
                 console=self._console, refresh_per_second=4)
             self._task = self._bar.add_task("starting", total=total_steps, completed=start_step)
 
@@ -290,12 +292,12 @@ class Progress:
         """Shows the metrics of `step`: loss, its parts, replaced fraction, tokens a second, MFU and the ETA."""
         self._stamps.append((self._clock(), step))
         eta = self.eta_s(step)
-        text = "  ".join(_show(values, _TRAIN) + ([f"eta {format_duration(eta)}"] if eta is not None else []))
-        if self._bar:
-            self._bar.update(self._task, completed=step, description=text)
+        parts, left = _show(values, _TRAIN), [f"eta {format_duration(eta)}"] if eta is not None else []
+        if self._bar:   # a narrow terminal cuts the end off, so what matters most comes first
+            self._bar.update(self._task, completed=step, description="  ".join(left + parts))
         else:
             width = len(str(self._total))
-            self.note(f"step {step:{width + 2}d}/{self._total} {step / self._total:6.1%}  {text}")
+            self.note(f"step {step:{width + 2}d}/{self._total} {step / self._total:6.1%}  {'  '.join(parts + left)}")
 
     def eta_s(self, step: int) -> float | None:
         """Returns the seconds that are left by the rate of the last intervals, None while there is none."""

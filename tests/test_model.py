@@ -128,6 +128,19 @@ def test_a_generator_without_whole_heads_is_refused_with_its_field():
         model.build(c.model)
 
 
+@pytest.mark.parametrize("name, own, shared", [
+    ("default", {"encoder", "head"}, {"word_embeddings", "token_type_embeddings", "position_embeddings", "norm"}),
+    ("own_embeddings", {"encoder", "head", "embeddings"},
+     {"word_embeddings", "token_type_embeddings", "position_embeddings", "norm"}),
+    ("all_shared", {"head"}, {"word_embeddings", "token_type_embeddings", "position_embeddings", "norm"}),
+    ("pre_norm_rotary", {"encoder", "head"}, {"word_embeddings", "token_type_embeddings", "norm"})])
+def test_sharing_decides_which_parameters_the_generator_owns(name, own, shared):
+    params = build(**ARCHITECTURES[name])[2]
+    assert params.keys() == {"embeddings", "generator", "discriminator"}
+    assert params["generator"].keys() == own and params["discriminator"].keys() == {"encoder", "head"}
+    assert params["embeddings"].keys() == shared
+
+
 # --- Sizes --------------------------------------------------------------------------------------
 
 

@@ -160,13 +160,16 @@ def test_selected_positions_are_uniform_over_the_candidates(distinct):
     assert np.asarray(selection.shown_BM)[used].mean() == pytest.approx(0.85, abs=0.005)
 
 
-def test_noise_of_a_row_depends_on_its_key_alone():
+def test_noise_of_a_row_depends_on_its_key_alone_and_no_number_serves_twice():
     keys = jax.random.split(jax.random.key(0), 6)
-    for draw in (functools.partial(objectives.draw_noise, seq_len=32, num_masked=5, distinct=True),
-                 functools.partial(objectives.draw_sampler_noise, num_masked=5, vocab_size=9, sampler="gumbel")):
+    draws = (functools.partial(objectives.draw_noise, seq_len=32, num_masked=5, distinct=True),
+             functools.partial(objectives.draw_sampler_noise, num_masked=5, vocab_size=9, sampler="gumbel"))
+    for draw in draws:
         whole, part = jax.jit(draw)(keys), jax.jit(draw)(keys[2:4])
         jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[2:4], b), whole, part)
         assert all(len(np.unique(x)) == x.size for x in jax.tree.leaves(whole))   # no number is used twice
+    selection, sampler = (jax.tree.leaves(jax.jit(draw)(keys)) for draw in draws)
+    assert not np.intersect1d(np.concatenate([x.ravel() for x in selection]), sampler[0]).size
 
 
 # --- Samplers -----------------------------------------------------------------------------------
@@ -227,11 +230,20 @@ def test_extreme_uniforms_give_valid_ids(sampler, vocab_size):
     logits = np.random.default_rng(0).normal(0, 3, (1, 64, vocab_size)).astype(np.float32)
     logits[0, :, : vocab_size // 2] = -1e4   # probability zero in front
     targets = np.zeros((1, 64), np.int32)
-    for a, b in ((0, 0), (0, 0.99999994), (0.99999994, 0), (0.99999994, 0.99999994)):
+    for a, b in ((0, 0), (0, 0.99999994), (0.99999994, 0), (0.99999994, 0.99999994), (1, 1)):
         noise = np.full((1, 64, 2 if sampler == "two_level" else vocab_size), a, np.float32)
         noise[..., 1::2] = b
         drawn = sample_replacements(logits, targets, noise, sampler=sampler)
         assert np.all((drawn >= vocab_size // 2) & (drawn < vocab_size)), (a, b)
+
+
+def test_gumbel_noise_reaches_as_far_as_float32_does():
+    """A uniform of 1 - 2^-23 is worth 15.9 nats, which a larger constant inside the logarithms would cut off."""
+    logits = np.array([[[15.0, 0.0]]], np.float32)
+    for uniform, drawn in ((1 - 2**-23, 1), (1 - 2**-21, 0)):
+        noise = np.array([[[0.5, uniform]]], np.float32)
+        assert sample_replacements(logits, np.zeros((1, 1), int), noise, sampler="gumbel") == drawn
+        assert oracle.draw_gumbel(oracle.token_probabilities(logits[0, 0], 0), noise[0, 0])[0] == drawn
 
 
 @pytest.mark.parametrize("order, entries", [("native", 400), ("tree", 128)])

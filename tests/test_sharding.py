@@ -89,6 +89,19 @@ def test_training_gives_the_numbers_of_one_device(fields):
     assert cut >= {axis for axis in ("fsdp", "tensor") if fields.get(axis, 1) > 1}
 
 
+@pytest.mark.parametrize("mesh", [dict(fsdp=4), dict(tensor=4), dict(fsdp=2, tensor=2)], ids=str)
+@pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
+def test_each_device_holds_a_quarter_of_the_layers_kernels_and_their_moments(mesh, scan):
+    state = build(**mesh, model__scan_layers=scan).abstract_state
+    found = 0
+    for path, x in jax.tree.leaves_with_path(state):
+        name = "/".join(str(getattr(key, "key", key)) for key in path)
+        if "discriminator/encoder/layer" in name and name.endswith("kernel"):
+            assert np.prod(x.sharding.shard_shape(x.shape)) == x.size / 4, name
+            found += 1
+    assert found == 3 * 4 * (1 if scan else 2)   # parameters and two moments
+
+
 def test_start_and_evaluation_are_the_same_on_every_mesh():
     results = []
     for program in (on_one_device()[0], build(fsdp=2, tensor=2)):

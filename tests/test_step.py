@@ -114,6 +114,26 @@ def test_the_discriminators_loss_reaches_the_generator_through_the_shared_tables
     assert largest["generator"] == 0 and largest["embeddings"] > 0 and largest["discriminator"] > 0
 
 
+def test_accuracy_counts_masked_tokens_only():
+    case = Case(objective__name="mlm", objective__mask_token_prob=0.5)
+    case.params["generator"]["head"]["bias"][9] = 100   # always guessed, and often right
+    often = (case.batch["input_ids"] > tiny.MASK) & (np.arange(24) % 2 == 0)
+    case.batch["input_ids"] = np.where(often, 9, case.batch["input_ids"]).astype(np.int32)
+    sums = jax.jit(case.objective.evaluate)(case.params, case.batch, case.key)
+    selection = jax.jit(case.objective.select)(case.batch, case.objective._keys(case.key, case.batch)[0])
+    right, shown = np.asarray(selection.targets_BM) == 9, np.asarray(selection.shown_BM)
+    assert (right & ~shown & (selection.weights_BM > 0)).any()
+    assert sums["mlm_correct"] == (right & shown).sum() > 0 and sums["mlm_shown"] == shown.sum()
+
+
+def test_every_row_of_a_batch_draws_for_itself():
+    case = Case()
+    batch = {name: np.stack([x[0]] * 16) for name, x in case.batch.items()}
+    row_keys, _ = case.objective._keys(case.key, batch)
+    selection = jax.jit(case.objective.select)(batch, row_keys)
+    assert len({tuple(row) for row in np.asarray(selection.positions_BM)}) == 16
+
+
 def test_training_starts_at_the_loss_of_guessing():
     c = tiny.config(model__vocab_size=1000, model__hidden_size=64, model__embedding_size=64, model__generator_size=0.25,
                     model__num_heads=1)
@@ -196,10 +216,9 @@ def test_summary_divides_sums_once():
             "rtd_weight": 1000.0, "rtd_correct": 950.0, "replaced": 100.0, "auc_histograms": histograms,
             "learning_rate": 1e-4, "grad_norm": 3.0}
     out = step.summarize(sums, c)
-    expected = {"loss": 2 * 3.0 + 50 * 0.2, "mlm_loss": 3.0, "mlm_masked_loss": 4.0, "mlm_accuracy": 0.2, "rtd_loss": 0.2, "rtd_accuracy": 0.95,
-                "replaced_fraction": 0.1,
-                "rtd_floor": -0.1 * math.log(0.1) - 0.9 * math.log(0.9), "rtd_auc": 0.75,
-                "learning_rate": 1e-4, "grad_norm": 3.0}
+    expected = {"loss": 2 * 3.0 + 50 * 0.2, "mlm_loss": 3.0, "mlm_masked_loss": 4.0, "mlm_accuracy": 0.2,
+                "rtd_loss": 0.2, "rtd_accuracy": 0.95, "rtd_auc": 0.75, "replaced_fraction": 0.1,
+                "rtd_floor": -0.1 * math.log(0.1) - 0.9 * math.log(0.9), "learning_rate": 1e-4, "grad_norm": 3.0}
     assert out == pytest.approx(expected)
     twice = step.summarize({name: 2 * value for name, value in sums.items()}, c)
     assert all(twice[name] == pytest.approx(out[name]) for name in out if name not in ("learning_rate", "grad_norm"))
