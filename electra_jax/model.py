@@ -317,8 +317,7 @@ class RtdHead(nn.Module):
     @nn.compact
     def __call__(self, hidden_BLD):
         x_BLD = gelu(_dense(self.arch, hidden_BLD.shape[-1], "dense")(hidden_BLD))
-        logits = _dense(self.arch, 1, "logit", nn.initializers.glorot_uniform())(x_BLD)
-        return logits[..., 0].astype(jnp.float32)
+        return Dense(1, "float32", nn.initializers.glorot_uniform(), name="logit")(x_BLD)[..., 0]
 
 
 class GeneratorNetwork(nn.Module):

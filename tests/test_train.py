@@ -293,5 +293,5 @@ def test_a_vocabulary_smaller_than_the_tokenizer_is_refused():
     train.resolve_vocabulary(c, Tokenizer)
     assert c.model.vocab_size == 10
     c.model.vocab_size = 9
-    with pytest.raises(UserError, match="model.vocab_size=9"):
+    with pytest.raises(UserError, match=r"model\.vocab_size=9"):
         train.resolve_vocabulary(c, Tokenizer)
