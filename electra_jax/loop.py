@@ -68,7 +68,7 @@ class Run:
         self.eval_loader = make_loader(config, store, tokenizer, "eval") if held_out else None
         self.mesh = sharding.make_mesh(config.mesh)
         special_ids = {name: getattr(tokenizer, f"{name}_id") for name in ("pad", "cls", "sep", "mask")}
-        self.program = step.build(config, self.mesh, special_ids)
+        self.program = step.build(config, self.mesh, special_ids, tokenizer.vocab_size)
         self.checkpointer = checkpoint.Checkpointer(
             workdir / "checkpoints", config.run.keep_checkpoints,
             config.run.checkpoint_every_steps, config.run.checkpoint_every_minutes)

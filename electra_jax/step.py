@@ -41,14 +41,15 @@ class Program:
     flops_per_step: float               # forward and backward matmuls, 3 x forward
 
 
-def build(config, mesh: Mesh, special_ids: dict[str, int]) -> Program:
+def build(config, mesh: Mesh, special_ids: dict[str, int], num_tokens: int | None = None) -> Program:
     """Builds the programs for a config with `model.vocab_size` set.
 
-    `special_ids` maps "pad", "cls", "sep" and "mask" to their ids. Raises UserError when sizes do not
-    divide over the mesh. `train_step` donates its state.
+    `special_ids` maps "pad", "cls", "sep" and "mask" to their ids; `num_tokens` is the tokenizer's size where the
+    model's vocabulary is padded beyond it. Raises UserError when sizes do not divide over the mesh. `train_step`
+    donates its state.
     """
     sharding.check_divides(config, mesh)
-    objective = Objective(config, special_ids)
+    objective = Objective(config, special_ids, num_tokens)
     tx = optimizer.build(config.optimizer)
     root = jax.random.key(config.run.seed)
 
@@ -92,10 +93,11 @@ def build(config, mesh: Mesh, special_ids: dict[str, int]) -> Program:
 class Objective:
     """ELECTRA's joint loss, or plain MLM of the full-size network, over a batch."""
 
-    def __init__(self, config, special_ids: dict[str, int]):
+    def __init__(self, config, special_ids: dict[str, int], num_tokens: int | None = None):
         self.config = config.objective
         self.special_ids = special_ids
         self.vocab_size = config.model.vocab_size
+        self.num_tokens = num_tokens or self.vocab_size
         self.num_masked = num_masked(config)
         self.seq_len = config.data.seq_len
         self.is_mlm = self.config.name == "mlm"
@@ -131,6 +133,8 @@ class Objective:
         else:
             inputs = (selection.masked_ids_BL, *self._others(batch), selection.positions_BM)
             logits_BMV = self._apply(params, "generator_logits", inputs, dropout_key)
+        if self.num_tokens < self.vocab_size:   # rows that only round the table up are never predicted or drawn
+            logits_BMV = jnp.where(jnp.arange(self.vocab_size) < self.num_tokens, logits_BMV, -1e9)
         if self.is_mlm:
             return logits_BMV, None, None
         sampled_BM = self.sample(logits_BMV, selection, row_keys)

@@ -134,6 +134,23 @@ def test_every_row_of_a_batch_draws_for_itself():
     assert len({tuple(row) for row in np.asarray(selection.positions_BM)}) == 16
 
 
+def test_a_vocabulary_padded_beyond_the_tokenizer_changes_nothing():
+    case = Case()
+    size, extra = case.config.model.vocab_size, 70   # into the next chunk of the sampler
+    padded = step.Objective(tiny.config(model__vocab_size=size + extra), tiny.SPECIAL_IDS, num_tokens=size)
+    params = jax.tree.map(lambda x: x, case.params)
+    rows = jax.random.normal(jax.random.key(5), (extra, case.config.model.embedding_size))
+    table = params["embeddings"]["word_embeddings"]
+    table["embedding"] = jnp.concatenate([table["embedding"], rows])
+    head = params["generator"]["head"]
+    head["bias"] = jnp.concatenate([head["bias"], jnp.full(extra, 9.0)])   # would be the most likely tokens
+    ours, theirs = (jax.jit(objective.evaluate)(p, case.batch, case.key)
+                    for objective, p in ((padded, params), (case.objective, case.params)))
+    for name, value in theirs.items():
+        np.testing.assert_allclose(ours[name], value, rtol=1e-6, err_msg=name)
+    assert jax.jit(padded.inspect)(params, case.batch, case.key)["input_ids"].max() < size
+
+
 def test_training_starts_at_the_loss_of_guessing():
     c = tiny.config(model__vocab_size=1000, model__hidden_size=64, model__embedding_size=64, model__generator_size=0.25,
                     model__num_heads=1)

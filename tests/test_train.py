@@ -16,6 +16,7 @@ import pytest
 import electra_jax
 from electra_jax import checkpoint, cli, train
 from electra_jax.config import UserError
+from electra_jax.data import prepare
 
 REPO = Path(__file__).parent.parent
 STEPS = 24
@@ -101,10 +102,9 @@ def test_a_run_logs_evaluates_and_shows_what_it_learned(straight):
     assert list((straight / "tensorboard").glob("events.out.tfevents.*"))
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_kill_9_and_the_same_command_give_bit_for_bit_the_uninterrupted_run(config, straight, tmp_path, seed):
-    rng, killed = random.Random(seed), 0
-    for _ in range(2):
+def test_kill_9_and_the_same_command_give_bit_for_bit_the_uninterrupted_run(config, straight, tmp_path):
+    rng, killed = random.Random(0), 0
+    for _ in range(3):
         process = start(config, tmp_path)
         wait_for_step(tmp_path, (checkpoint_steps(tmp_path) or [0])[-1] + 4, process)
         time.sleep(rng.uniform(0, 0.15))
@@ -235,7 +235,7 @@ BAD = [
     (["--config.model.norm=both"], "model.norm='both'"),
     (["--config.objective.mask_prob=nan"], "objective.mask_prob=nan"),
     (["--config.run.init_from=/no/run"], "/no/run"),
-    (["--config.model.vocab_size=70"], "model.vocab_size=70"),
+    (["--config.model.vocab_size=60"], "model.vocab_size=60"),
 ]
 
 
@@ -276,9 +276,9 @@ def test_a_workdir_of_another_run_is_refused_and_left_alone(config, straight, ca
 
 def test_invalid_utf8_and_a_line_of_10_mb_are_only_text(config, tmp_path, capfd):
     (tmp_path / "odd.txt").write_bytes(b"a good line\n\nbad \xff\xfe bytes here\n\n" + b"word " * 2_000_000)
-    code = cli.run_main(train.main, argv=[
-        "train", f"--config={config}", f"--workdir={tmp_path / 'run'}", f"--config.data.source=text:{tmp_path}/odd.txt",
-        "--config.data.vocab_size=64", "--config.optimizer.steps=1"])
+    code = cli.run_main(prepare.main, argv=[
+        "prepare", f"--config={config}", f"--workdir={tmp_path / 'run'}",
+        f"--config.data.source=text:{tmp_path}/odd.txt", "--config.data.vocab_size=64"])
     captured = capfd.readouterr()
     assert code == 0, captured.err
     assert "1 line" in captured.out and "UTF-8" in captured.out
