@@ -22,7 +22,7 @@ def get_config(variant: str = ""):
                     "positions": "rotary", "rotary_theta": 100.0, "norm": "pre",
                     "hidden_dropout": 0.0, "attention_dropout": 0.0})
     c.data.update({"source": "pydocs", "vocab_size": 512, "seq_len": 64, "batch_size": 32, "segment_pairs": False})
-    c.optimizer.update({"learning_rate": 3e-3, "beta2": 0.98, "warmup_steps": 200, "steps": 3300})
-    c.run.update({"log_every_steps": 100, "eval_every_steps": 1100, "eval_batches": 40,
+    c.optimizer.update({"learning_rate": 3e-3, "beta2": 0.98, "warmup_steps": 200, "steps": 3900})
+    c.run.update({"log_every_steps": 100, "eval_every_steps": 1300, "eval_batches": 40,
                   "checkpoint_every_steps": 500})
     return defaults.apply_variants(c, variant)

@@ -52,6 +52,9 @@ def prepare(config, path, progress: bool = True) -> TokenStore:
             print(_summary(store), flush=True)
         return store
     started = time.perf_counter()
+    if progress:
+        what = f"training a vocabulary of {d.vocab_size:,}, then " if d.tokenizer == "train" else ""
+        print(f"prepare: {what}tokenising {d.source} into {path}", flush=True)
     inputs = sources.describe(d.source)
     try:
         path.mkdir(parents=True, exist_ok=True)
