@@ -81,9 +81,13 @@ class Run:
         if self.start_step > self.steps:
             raise UserError(f"optimizer.steps={self.steps}, but the newest checkpoint in {workdir} has "
                             f"{self.start_step}: raise optimizer.steps or give another --workdir.")
+        self.meta["evaluated"] &= self.start_step == self.steps   # a finished run may go on with more steps
 
     def go(self) -> None:
-        """Trains to the last step, evaluates, saves and reports; returns early after a stop signal, saved."""
+        """Trains to the last step, evaluates, saves and reports; returns early after a stop signal, saved.
+
+        Raises UserError when the loss is no longer finite, or the last checkpoint could not be written.
+        """
         self._describe()
         with (metrics.Progress(self.steps, self.start_step) as self.progress,
               metrics.MetricWriter(self.workdir, self.config.run.tensorboard, self.start_step) as self.writer,
@@ -93,7 +97,10 @@ class Run:
             written = self.checkpointer.close()
         if finished:
             self._report()
-        elif written:
+        if not written:
+            raise UserError(f"--workdir={self.workdir}: the last checkpoint could not be written: make room there, and "
+                            "give the same command again.")
+        if not finished:
             print(f"saved step {int(self.state['step'])} in {self.checkpointer.directory}; "
                   "the same command goes on from there", flush=True)
 

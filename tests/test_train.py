@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -162,6 +163,26 @@ def test_a_finished_run_started_again_changes_nothing(config, straight):
     output = finish(start(config, straight))
     assert "finished already" in output and "unigram entropy" in output
     assert crcs(straight) == before and logged(straight) == lines
+
+
+def test_a_finished_run_goes_on_with_more_steps(config, straight, tmp_path):
+    shutil.copytree(straight, tmp_path / "run")
+    output = finish(start(config, tmp_path / "run", "--config.optimizer.steps=28"))
+    assert f"resuming after step {STEPS}" in output and "finished already" not in output
+    assert logged(tmp_path / "run")[-1]["step"] == 28 and "eval_loss" in logged(tmp_path / "run")[-1]
+
+
+def test_a_full_disk_ends_with_exit_code_2_and_the_remedy(config, straight, tmp_path):
+    code = ("import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (30000, 30000)); import signal; "
+            "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); from electra_jax import cli, train; "
+            "sys.exit(cli.run_main(train.main))")
+    result = subprocess.run(
+        [sys.executable, "-c", code, f"--config={config}", f"--workdir={tmp_path / 'run'}",
+         "--config.optimizer.steps=4", "--config.run.compilation_cache=off", f"--config.data.path={straight / 'tokens'}"],
+        capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(REPO)})
+    assert result.returncode == 2, result.stdout + result.stderr
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "--workdir=" in errors[0] and "make room" in errors[0]
 
 
 def test_the_readme_example_loads_a_checkpoint_in_a_fresh_process(straight):
