@@ -178,7 +178,8 @@ def test_a_full_disk_ends_with_exit_code_2_and_the_remedy(config, straight, tmp_
             "sys.exit(cli.run_main(train.main))")
     result = subprocess.run(
         [sys.executable, "-c", code, f"--config={config}", f"--workdir={tmp_path / 'run'}",
-         "--config.optimizer.steps=4", "--config.run.compilation_cache=off", f"--config.data.path={straight / 'tokens'}"],
+         "--config.optimizer.steps=4", f"--config.data.path={straight / 'tokens'}",
+         "--config.run.compilation_cache=off"],
         capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(REPO)})
     assert result.returncode == 2, result.stdout + result.stderr
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
