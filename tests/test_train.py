@@ -257,7 +257,7 @@ BAD = [
     (["--config.model.norm=both"], "model.norm='both'"),
     (["--config.objective.mask_prob=nan"], "objective.mask_prob=nan"),
     (["--config.run.init_from=/no/run"], "/no/run"),
-    (["--config.model.vocab_size=60"], "model.vocab_size=60"),
+    (["--config.model.vocab_size=20"], "model.vocab_size=20"),
 ]
 
 
