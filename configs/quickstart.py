@@ -21,8 +21,9 @@ def get_config(variant: str = ""):
                     "intermediate_size": 512, "generator_size": 0.25, "generator_layers": 0.5,
                     "positions": "rotary", "rotary_theta": 100.0, "norm": "pre",
                     "hidden_dropout": 0.0, "attention_dropout": 0.0})
-    c.data.update({"source": "pydocs", "vocab_size": 512, "seq_len": 64, "batch_size": 32, "segment_pairs": False})
-    c.optimizer.update({"learning_rate": 3e-3, "beta2": 0.98, "warmup_steps": 200, "steps": 3900})
-    c.run.update({"log_every_steps": 100, "eval_every_steps": 1300, "eval_batches": 40,
+    c.data.update({"source": "pydocs", "vocab_size": 512, "seq_len": 64, "batch_size": 32, "segment_pairs": False,
+                   "eval_fraction": 0.03})
+    c.optimizer.update({"learning_rate": 3e-3, "beta2": 0.98, "warmup_steps": 200, "steps": 4600})
+    c.run.update({"log_every_steps": 100, "eval_every_steps": 1150, "eval_batches": 40,
                   "checkpoint_every_steps": 500})
     return defaults.apply_variants(c, variant)
