@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import io
 import json
 import math
 import os
@@ -12,6 +11,7 @@ import struct
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,7 +20,6 @@ import numpy as np
 import rich.console
 import rich.progress
 import rich.table
-from etils import epath
 
 # --- Replaced-token detection: AUC that adds up over steps and devices ---------------------------
 
@@ -72,23 +71,20 @@ class MetricWriter:
         """Opens the files for a run that goes on after `resume_step` (0: starts).
 
         What a killed run wrote for later steps is dropped, since these steps come again; so is a half-written line.
-        Only the first host writes. On a bucket the lines are kept in memory and uploaded every minute.
+        Only the first host writes.
         """
         self._file: Any = None
         self._events: _EventFile | None = None
         if jax.process_index() != 0:
             return
-        folder = epath.Path(workdir)
+        folder = Path(workdir)
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
         kept = _lines_until(path.read_bytes().decode("utf-8", "replace") if path.exists() else "", resume_step)
-        if "://" in os.fspath(folder):
-            self._file = _BucketFile(path, kept)
-        else:
-            partial = path.with_name("metrics.jsonl.tmp")   # renamed when complete: a kill here loses no line
-            partial.write_text(kept)
-            partial.replace(path)
-            self._file = open(path, "a", encoding="utf-8")   # noqa: SIM115 (closed in close)
+        partial = path.with_name("metrics.jsonl.tmp")   # renamed when complete: a kill here loses no line
+        partial.write_text(kept, encoding="utf-8")
+        partial.replace(path)
+        self._file = open(path, "a", encoding="utf-8")   # noqa: SIM115 (closed in close)
         if tensorboard:
             self._events = _EventFile(folder / "tensorboard", first_step=resume_step + 1)
 
@@ -139,24 +135,6 @@ def _lines_until(text: str, step: int) -> str:
     return "".join(kept)
 
 
-class _BucketFile:
-    """A text file in an object store, which cannot append: uploaded whole, at most once a minute."""
-
-    def __init__(self, path: epath.Path, text: str):
-        self._path, self._text, self._uploaded_s = path, [text], -math.inf
-
-    def write(self, line: str) -> None:
-        self._text.append(line)
-
-    def flush(self) -> None:
-        if time.monotonic() - self._uploaded_s > 60:
-            self.close()
-
-    def close(self) -> None:
-        self._uploaded_s = time.monotonic()
-        self._path.write_text("".join(self._text))
-
-
 class _EventFile:
     """A TensorBoard event file of scalars: TFRecord frames around hand-encoded protocol buffers.
 
@@ -164,11 +142,11 @@ class _EventFile:
     libraries in the process. Fields: tensorflow/core/util/event.proto and framework/summary.proto.
     """
 
-    def __init__(self, folder: epath.Path, first_step: int):
+    def __init__(self, folder: Path, first_step: int):
         folder.mkdir(parents=True, exist_ok=True)
         # TensorBoard reads the files of a folder in the order of their names.
         path = folder / f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
-        self._file: Any = open(path, "wb") if "://" not in os.fspath(path) else _BucketBytes(path)   # noqa: SIM115
+        self._file: Any = open(path, "wb")   # noqa: SIM115 (closed in close)
         self._event(0, _field(3, b"brain.Event:2"))
         # A "session start" makes TensorBoard forget what an earlier run wrote from this step on.
         self._event(first_step, _field(7, b"\x08\x01"))
@@ -185,17 +163,6 @@ class _EventFile:
 
     def close(self) -> None:
         self._file.close()
-
-
-class _BucketBytes(io.BytesIO):
-    def __init__(self, path: epath.Path):
-        super().__init__()
-        self._path = path
-
-    def close(self) -> None:
-        if not self.closed:
-            self._path.write_bytes(self.getvalue())
-        super().close()
 
 
 def _varint(number: int) -> bytes:

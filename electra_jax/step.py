@@ -194,8 +194,7 @@ class Objective:
 
         rows = (batch, selection, row_keys)
         if microbatches == 1:
-            grads, sums = jax.grad(loss, has_aux=True)(params, rows, dropout_key)
-            return grads, sums
+            return jax.grad(loss, has_aux=True)(params, rows, dropout_key)
         # Rows i, i + n, ... go together: a split that leaves every row on its device.
         stacked = jax.tree.map(lambda x: x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1), rows)
 

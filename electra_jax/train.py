@@ -14,6 +14,9 @@ from electra_jax.config import UserError
 
 def main(config, workdir: str) -> None:
     """Runs the experiment that `config` describes in `workdir`; raises UserError for what the user can mend."""
+    if "://" in workdir:
+        raise UserError(f"--workdir={workdir}: a run writes to a file system only: mount the bucket, give its "
+                        "folder.")
     workdir = Path(workdir).absolute()
     from electra_jax import loop, runtime
     from electra_jax.data.prepare import prepare

@@ -284,6 +284,11 @@ def test_an_unwritable_workdir_is_named(config, tmp_path, capfd):
     assert code == 2 and "--workdir" in error and str(tmp_path / "file") in error and error.count("\n") == 1
 
 
+def test_a_bucket_as_workdir_is_refused_rather_than_made_a_local_folder(config, capfd):
+    assert cli.run_main(train.main, argv=["train", f"--config={config}", "--workdir=gs://bucket/run"]) == 2
+    assert "--workdir=gs://bucket/run" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize(("flag", "hint"), [
     ("--config.model.hidden_size=64", "model.hidden_size=64, was 32"),
     ("--config.optimizer.steps=4", "optimizer.steps=4"),
