@@ -59,6 +59,7 @@ def _hide_orbax_noise() -> None:
     coroutines that are dropped half way. Verbose logging (absl at INFO) shows the records.
     """
     logging.getLogger("absl").addFilter(_is_not_orbax)   # adding it twice adds it once
+    logging.getLogger("asyncio").addFilter(_is_retrieved)
     warnings.filterwarnings("ignore", message="coroutine '_read_array_index_and_device_put' was never awaited")
     previous = sys.unraisablehook
     if getattr(previous, "hides_orbax", False):
@@ -80,6 +81,11 @@ def _is_orbax_file(path: str) -> bool:
 
 def _is_not_orbax(record: logging.LogRecord) -> bool:
     return not _is_orbax_file(record.pathname) or logging.getLogger("absl").getEffectiveLevel() <= logging.INFO
+
+
+def _is_retrieved(record: logging.LogRecord) -> bool:
+    # Of the arrays of a failed save the first error is raised; asyncio traces the others.
+    return "exception was never retrieved" not in record.getMessage()
 
 
 # --- Leaves: path, shape, dtype and CRC32 -------------------------------------------------------
