@@ -1,0 +1,1 @@
+"""Weights to and from Hugging Face and the original's TensorFlow 1 checkpoints."""
