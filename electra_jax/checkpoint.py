@@ -365,16 +365,47 @@ def _provenance() -> dict[str, Any]:
     return {"versions": versions, "saved_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
 
 
-# --- Parameters only, for downstream use --------------------------------------------------------
+# --- Without the training code ------------------------------------------------------------------
 
-def load_params(path: str | os.PathLike, parts: Sequence[str] = ("embeddings", "discriminator"),
+def load_params(path: str | os.PathLike, parts: Sequence[str] | None = ("embeddings", "discriminator"),
                 ) -> tuple[dict, dict, dict[str, bytes]]:
     """Returns (params, meta, tokenizer files) of the newest step that verifies, and changes nothing on disk.
 
-    `path`: a run's folder, its `checkpoints` folder, or one step. `params` holds the named parts as nested dicts of
-    numpy arrays; only these are read. Needs neither the mesh nor the device count of the run. Raises UserError if
-    there is no readable checkpoint, or it lacks a part.
+    `path`: a run's folder, its `checkpoints` folder, or one step. `params` holds the named parts (None: all) as nested
+    dicts of numpy arrays; only these are read. Needs neither the mesh nor the device count of the run. Raises UserError
+    if there is no readable checkpoint, or it lacks a part.
     """
+    def load(reader: ocp.Checkpointer, folder: epath.Path, table: Mapping[str, Any]) -> PyTree:
+        present = sorted({leaf.split("/")[1] for leaf in table if leaf.startswith("params/")})
+        for part in parts or ():
+            if part not in present:
+                raise UserError(f"{folder} has no parameters {part!r}: it was saved with {', '.join(present)}.")
+        wanted = [p for p in table if p.startswith(tuple(f"params/{part}/" for part in parts or present))]
+        as_numpy = ocp.RestoreArgs(restore_type=np.ndarray)
+        return reader.restore(folder, args=ocp.args.Composite(state=ocp.args.PyTreeRestore(
+            item=_nest(wanted, 0), restore_args=_nest(wanted, as_numpy), partial_restore=True)))["state"]
+
+    tree, items = _load_newest(path, load)
+    files = {name: base64.b64decode(text) for name, text in items["tokenizer"].items()}
+    return tree["params"], items["meta"], files
+
+
+def load_state(path: str | os.PathLike, abstract_state: PyTree) -> tuple[PyTree, dict]:
+    """Returns (state, meta) of the newest step that verifies, and changes nothing on disk; `path` as `load_params`.
+
+    `abstract_state` as for `Checkpointer.restore`. Raises UserError if there is no readable checkpoint, or its leaves
+    have other names, shapes or dtypes.
+    """
+    def load(reader: ocp.Checkpointer, folder: epath.Path, table: Mapping[str, Any]) -> PyTree:
+        _check_leaves(table, abstract_state, str(folder), "")
+        return reader.restore(folder, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state)))["state"]
+
+    state, items = _load_newest(path, load)
+    return state, items["meta"]
+
+
+def _load_newest(path: str | os.PathLike, load: Callable) -> tuple[PyTree, dict[str, Any]]:
+    """Calls `load(reader, folder, table of leaves)` on the newest step first; returns its tree, verified, and items."""
     _hide_orbax_noise()
     root = _absolute(path)
     folders = [root / "checkpoints"] if (root / "checkpoints").is_dir() else [root]
@@ -382,10 +413,19 @@ def load_params(path: str | os.PathLike, parts: Sequence[str] = ("embeddings", "
     if not folders and (root / "index").is_dir():
         folders = [root]
     if not folders:
-        raise UserError(f"no checkpoint found in {root}: give the --workdir of a run, or one of its checkpoints/N.")
+        foreign = (root / "model.safetensors").exists() or (root / "discriminator").is_dir()
+        raise UserError(f"no checkpoint found in {root}: " + (
+            "a Hugging Face folder goes through python -m electra_jax.interop.huggingface import first." if foreign else
+            "give the --workdir of a run, or one of its checkpoints/N."))
     for folder in folders:
         try:
-            return _load_step(folder, parts)
+            with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
+                items = reader.restore(folder, args=ocp.args.Composite(
+                    **{name: ocp.args.JsonRestore() for name in _ITEMS}))
+                _verify_items(items)
+                tree = load(reader, folder, items["index"]["leaves"])
+            _verify_leaves(tree, items["index"]["leaves"])
+            return tree, items
         except UserError:
             raise
         except Exception as error:
@@ -393,24 +433,6 @@ def load_params(path: str | os.PathLike, parts: Sequence[str] = ("embeddings", "
                 raise
             _warn(f"checkpoint {folder} is damaged ({_one_line(error)}); trying the one before.")
     raise UserError(f"every checkpoint in {root} is damaged: give a copy of it, or another run's folder.")
-
-
-def _load_step(folder: epath.Path, parts: Sequence[str]) -> tuple[dict, dict, dict[str, bytes]]:
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
-        items = reader.restore(folder, args=ocp.args.Composite(**{k: ocp.args.JsonRestore() for k in _ITEMS}))
-        _verify_items(items)
-        table = items["index"]["leaves"]
-        for part in parts:
-            if not any(path.startswith(f"params/{part}/") for path in table):
-                raise UserError(f"{folder} has no parameters {part!r}: it was saved with "
-                                f"{', '.join(sorted({p.split('/')[1] for p in table if p.startswith('params/')}))}.")
-        wanted = [p for p in table if p.startswith(tuple(f"params/{part}/" for part in parts))]
-        as_numpy = ocp.RestoreArgs(restore_type=np.ndarray)
-        tree = reader.restore(folder, args=ocp.args.Composite(state=ocp.args.PyTreeRestore(
-            item=_nest(wanted, 0), restore_args=_nest(wanted, as_numpy), partial_restore=True)))["state"]
-    _verify_leaves(tree, table)
-    files = {name: base64.b64decode(text) for name, text in items["tokenizer"].items()}
-    return tree["params"], items["meta"], files
 
 
 def _nest(paths: Sequence[str], value: Any) -> dict:

@@ -26,11 +26,20 @@ def run_main(main, validate=config_lib.validate, argv: list[str] | None = None) 
     if {"--help", "-h", "-help"} & set(argv[1:]):
         print(_USAGE.format(_module_name()))
         return 0
-    try:
+
+    def start() -> int | None:
         config, workdir = parse(argv)
         if validate is not None:
             validate(config)
-        return main(config, workdir) or 0
+        return main(config, workdir)
+
+    return exit_code(start)
+
+
+def exit_code(main) -> int:
+    """Calls `main()` and returns the exit code: 0 or its own, 2 for a UserError (one line), 130 for Ctrl-C."""
+    try:
+        return main() or 0
     except UserError as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         return 2

@@ -31,6 +31,9 @@ def get_config() -> ml_collections.ConfigDict:
     m.type_vocab_size = 2            # segments A and B
     m.generator_size = 0.25          # generator's share of hidden size, feed-forward width and heads
     m.generator_layers = 1.0         # generator's share of the layers
+    m.generator_heads = 0            # the generator's attention heads; 0: of the discriminator's head size
+    m.generator_intermediate_size = 0    # width of its feed-forward layers; 0: in the discriminator's proportion
+    m.generator_embedding_size = 0   # width of its own tables (sharing "none"); 0: as wide as the generator
     m.sharing = "embeddings"         # what the two networks share: "embeddings", "all" (equal sizes) or "none"
     m.positions = "absolute"         # "absolute" (learned table) or "rotary"
     m.rotary_theta = 10_000.0        # base of the rotary wavelengths
@@ -98,6 +101,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.run = r = ml_collections.ConfigDict()
     r.seed = 0                       # of initialisation, masking, sampling, dropout and data order
     r.init_from = ""                 # checkpoint folder whose parameters this run starts with, step counted from 0
+    r.init_optimizer = False         # take its Adam moments and step count as well, and go on with its schedule
     r.log_every_steps = 100          # steps between two lines of metrics
     r.eval_every_steps = 5_000       # steps between two evaluations on held-out documents; 0: only at the end
     r.eval_batches = 100             # held-out batches an evaluation
@@ -107,6 +111,17 @@ def get_config() -> ml_collections.ConfigDict:
     r.tensorboard = True             # write event files to WORKDIR/tensorboard
     r.show_examples = 4              # held-out sentences printed at the end
     r.compilation_cache = ""         # folder of compiled programs; "": ~/.cache/electra_jax/xla, "off": none
+    return c
+
+
+def restored(stored: dict) -> ml_collections.ConfigDict:
+    """Returns the config of a checkpoint, `stored` by this or another version.
+
+    Fields that did not exist then get their default, which means what was done then; fields unknown here are left out.
+    """
+    c = get_config()
+    for section, fields in c.items():
+        fields.update({name: value for name, value in stored.get(section, {}).items() if name in fields})
     return c
 
 
@@ -152,6 +167,8 @@ _RANGES = {
     "model.num_layers": (1, math.inf), "model.num_heads": (1, math.inf), "model.intermediate_size": (1, math.inf),
     "model.max_positions": (1, math.inf), "model.type_vocab_size": (1, math.inf),
     "model.generator_size": (1e-6, 16), "model.generator_layers": (1e-6, 16),
+    "model.generator_heads": (0, math.inf), "model.generator_intermediate_size": (0, math.inf),
+    "model.generator_embedding_size": (0, math.inf),
     "model.hidden_dropout": (0, 0.99), "model.attention_dropout": (0, 0.99),
     "objective.mask_prob": (0.001, 0.9), "objective.mask_token_prob": (0, 1), "objective.temperature": (1e-3, 1e3),
     "objective.mlm_weight": (0, math.inf), "objective.rtd_weight": (0, math.inf),
@@ -185,13 +202,15 @@ def num_masked(config: ml_collections.ConfigDict) -> int:
     return max(1, math.floor((config.objective.mask_prob + 0.005) * config.data.seq_len))
 
 
-def validate(config: ml_collections.ConfigDict) -> None:
-    """Raises UserError for the first field whose value cannot work, alone or with the others."""
-    m, d = config.model, config.data
-    for field, choices in _CHOICES.items():
-        if get(config, field) not in choices:
-            raise UserError(f"{field}={get(config, field)!r} is not one of {', '.join(choices)}.")
-    for field, (low, high) in _RANGES.items():
+def check_fields(config: ml_collections.ConfigDict, choices: dict, ranges: dict) -> None:
+    """Raises UserError for the first field that is none of its `choices` or outside its range, alone.
+
+    Fields are named "section.field"; a range is (smallest, largest), both allowed. The mesh is checked as well.
+    """
+    for field, allowed in choices.items():
+        if get(config, field) not in allowed:
+            raise UserError(f"{field}={get(config, field)!r} is not one of {', '.join(allowed)}.")
+    for field, (low, high) in ranges.items():
         value = get(config, field)
         if not low <= value <= high:   # also catches NaN
             bounds = f"at least {low}" if high == math.inf else f"from {low} to {high}"
@@ -199,6 +218,12 @@ def validate(config: ml_collections.ConfigDict) -> None:
     for field in ("mesh.data", "mesh.fsdp", "mesh.tensor"):
         if get(config, field) == 0:
             raise UserError(f"{field}=0: give the number of devices, or -1 for all that are left.")
+
+
+def validate(config: ml_collections.ConfigDict) -> None:
+    """Raises UserError for the first field whose value cannot work, alone or with the others."""
+    check_fields(config, _CHOICES, _RANGES)
+    m, d = config.model, config.data
     if m.hidden_size % m.num_heads:
         raise UserError(f"model.hidden_size={m.hidden_size} does not divide by model.num_heads={m.num_heads}: "
                         "change one of them.")
@@ -211,6 +236,9 @@ def validate(config: ml_collections.ConfigDict) -> None:
     if m.sharing == "all" and (m.generator_size != 1 or m.generator_layers != 1):
         raise UserError(f"model.sharing=all needs equal networks, but model.generator_size={m.generator_size} and "
                         f"model.generator_layers={m.generator_layers}: set both to 1.0.")
+    if m.generator_embedding_size and m.sharing != "none":
+        raise UserError(f"model.generator_embedding_size={m.generator_embedding_size} needs tables of the generator's "
+                        f"own, but model.sharing={m.sharing}: set it to 0, or model.sharing=none.")
     if d.segment_pairs and m.type_vocab_size < 2:
         raise UserError(f"model.type_vocab_size={m.type_vocab_size} is too small for data.segment_pairs=True: "
                         "set it to 2, or data.segment_pairs=False.")
@@ -220,6 +248,8 @@ def validate(config: ml_collections.ConfigDict) -> None:
     if d.batch_size % config.optimizer.accumulation_steps:
         raise UserError(f"data.batch_size={d.batch_size} does not divide by optimizer.accumulation_steps="
                         f"{config.optimizer.accumulation_steps}: change one of them.")
+    if config.run.init_optimizer and not config.run.init_from:
+        raise UserError("run.init_optimizer=True needs a checkpoint to take the moments from: set run.init_from.")
     if not config.run.checkpoint_every_steps and not config.run.checkpoint_every_minutes:
         raise UserError("run.checkpoint_every_steps=0 and run.checkpoint_every_minutes=0: "
                         "set one of them, or a kill loses the run.")

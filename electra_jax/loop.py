@@ -10,7 +10,7 @@ import numpy as np
 
 import electra_jax
 from electra_jax import checkpoint, metrics, model, runtime, sharding, show, step
-from electra_jax.config import UserError
+from electra_jax.config import UserError, restored
 from electra_jax.data.loader import Loader, Prefetcher
 from electra_jax.optimizer import path_name
 
@@ -246,21 +246,36 @@ class Run:
 def initial_state(config, program: step.Program, fingerprint: str) -> step.State:
     """Returns fresh parameters, or those of `run.init_from` with a fresh optimizer and step 0.
 
-    Raises UserError when the checkpoint's parameters are of another tokenizer, or of other names or shapes.
+    With `run.init_optimizer` its moments and step count as well. Raises UserError when the checkpoint is of another
+    tokenizer, or its parameters have other names or shapes.
     """
-    state = program.init_state()
-    if not config.run.init_from:
+    source = config.run.init_from
+    if not source:
+        return program.init_state()
+    if config.run.init_optimizer:
+        state, meta = checkpoint.load_state(source, program.abstract_state)
+        _check_tokenizer(source, meta, fingerprint)
         return state
-    params, meta, _ = checkpoint.load_params(config.run.init_from, tuple(state["params"]))
-    if meta["tokenizer"] != fingerprint:
-        raise UserError(f"run.init_from={config.run.init_from} was trained with another tokenizer than that of the "
-                        "token store: prepare the data with data.tokenizer set to that run's tokenizer.")
+    state = program.init_state()
+    params, meta, _ = checkpoint.load_params(source, tuple(state["params"]))
+    _check_tokenizer(source, meta, fingerprint)
+    params = model.unstack_layers(params)
+    if config.model.scan_layers:
+        params = model.stack_layers(params)
     ours, theirs = ({path_name(path): x.shape for path, x in jax.tree_util.tree_leaves_with_path(tree)}
                     for tree in (state["params"], params))
     for path in sorted(ours.keys() | theirs.keys()):
         if ours.get(path) != theirs.get(path):
-            raise UserError(f"run.init_from={config.run.init_from}: {path} has shape {theirs.get(path)} there and "
-                            f"{ours.get(path)} in this model: give the same model.* fields as that run.")
+            stored = restored(meta["config"]).model
+            other = " ".join(f"--config.model.{name}={value}" for name, value in stored.items()
+                             if value != config.model[name])
+            raise UserError(f"run.init_from={source}: {path} has shape {theirs.get(path, 'none')} there and "
+                            f"{ours.get(path, 'none')} in this model: give the fields of that run, {other}.")
     state["params"] = jax.tree.map(lambda x, old: jax.device_put(x, old.sharding), params, state["params"])
     return state
 
+
+def _check_tokenizer(source: str, meta: dict, fingerprint: str) -> None:
+    if meta["tokenizer"] != fingerprint:
+        raise UserError(f"run.init_from={source} was trained with another tokenizer than that of the token store: "
+                        "prepare the data with data.tokenizer set to that run's tokenizer.")

@@ -62,22 +62,25 @@ def generator_architecture(model) -> Architecture:
     """Returns the generator's Architecture: `generator_size` scales width, feed-forward and heads.
 
     Rounded as the original does (facts b.8): heads = max(1, width // head size), feed-forward in the
-    discriminator's proportion (4 x for all published sizes). Raises UserError if the width has no whole heads.
+    discriminator's proportion (4 x for all published sizes); fields other than 0 set them, for weights from
+    elsewhere. Raises UserError if the width has no whole heads.
     """
     disc = discriminator_architecture(model)
     hidden_size = max(1, round(disc.hidden_size * model["generator_size"]))
-    num_heads = max(1, hidden_size // disc.head_size)
+    num_heads = model["generator_heads"] or max(1, hidden_size // disc.head_size)
     if hidden_size % num_heads or (disc.positions == "rotary" and hidden_size // num_heads % 2):
         raise UserError(f"model.generator_size={model['generator_size']} makes a generator {hidden_size} wide, which "
-                        f"does not split into heads of {disc.head_size}: choose a size that gives a multiple of it.")
+                        f"does not split into {num_heads} heads: choose another size, or model.generator_heads.")
     return dataclasses.replace(
         disc,
         hidden_size=hidden_size,
         num_layers=max(1, round(disc.num_layers * model["generator_layers"])),
         num_heads=num_heads,
-        intermediate_size=round(hidden_size * disc.intermediate_size / disc.hidden_size),
+        intermediate_size=(model["generator_intermediate_size"]
+                           or round(hidden_size * disc.intermediate_size / disc.hidden_size)),
         # With tables of its own the original makes them as wide as the generator itself.
-        embedding_size=hidden_size if model["sharing"] == "none" else disc.embedding_size,
+        embedding_size=(disc.embedding_size if model["sharing"] != "none"
+                        else model["generator_embedding_size"] or hidden_size),
     )
 
 

@@ -13,7 +13,8 @@ def learning_rate(optimizer, step: jax.Array) -> jax.Array:
     `optimizer` is the config's section of that name.
     """
     step = jnp.asarray(step, jnp.float32)
-    left = 1.0 - jnp.minimum(step, optimizer["steps"]) / optimizer["steps"]
+    # Not 1 - step / steps: compiled as a product with 1 / steps, that ends a little below 0, whose root is NaN.
+    left = (optimizer["steps"] - jnp.minimum(step, optimizer["steps"])) / optimizer["steps"]
     end = optimizer["end_learning_rate"]
     decayed = (optimizer["learning_rate"] - end) * left ** optimizer["decay_power"] + end
     warmup_steps = optimizer["warmup_steps"]
@@ -23,6 +24,11 @@ def learning_rate(optimizer, step: jax.Array) -> jax.Array:
 def is_decayed(path: str) -> bool:
     """Whether weight decay applies to the parameter: not to biases and LayerNorm, but to embedding tables."""
     return not re.search(r"norm/|bias$", path)
+
+
+def decay_mask(params):
+    """Returns `is_decayed` for each parameter of a tree."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: is_decayed(path_name(path)), params)
 
 
 def scale_by_adam(beta1: float, beta2: float, epsilon: float) -> optax.GradientTransformation:
@@ -48,17 +54,22 @@ def build(optimizer) -> optax.GradientTransformation:
     Clipping is by the global norm of the whole batch's gradient (the original clips a shard's).
     """
     adam = optax.scale_by_adam if optimizer["bias_correction"] else scale_by_adam
-
-    def decay_mask(params):
-        paths = jax.tree_util.tree_map_with_path(lambda path, _: path_name(path), params)
-        return jax.tree.map(is_decayed, paths)
-
     return optax.chain(
         optax.clip_by_global_norm(optimizer["clip_norm"]) if optimizer["clip_norm"] else optax.identity(),
         adam(optimizer["beta1"], optimizer["beta2"], optimizer["epsilon"]),
         optax.add_decayed_weights(optimizer["weight_decay"], decay_mask),
         optax.scale_by_learning_rate(lambda count: learning_rate(optimizer, count)),
     )
+
+
+def with_moments(opt_state, mu, nu, count: jax.Array):
+    """Returns the state of `build`'s transformation with Adam's moments and the count of updates replaced."""
+    def replace(part):
+        if isinstance(part, optax.ScaleByAdamState):
+            return part._replace(count=count, mu=mu, nu=nu)
+        return part._replace(count=count) if isinstance(part, optax.ScaleByScheduleState) else part
+
+    return tuple(map(replace, opt_state))
 
 
 def path_name(path) -> str:

@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import re
+import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -20,7 +21,9 @@ _SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _MAX_WORD_CHARS = 200      # longer words are one [UNK]; BERT's own code says 200, many ports 100
 _CACHED_WORDS = 400_000    # about 80 MB a process
 _LONGEST_CACHED = 64       # characters; longer ones are addresses, or text without spaces: they do not come back
-_OPTIONS_FILE = "electra_tokenizer.json"
+OPTIONS_FILE = "electra_tokenizer.json"
+EXPORT_KEY = "huggingface"    # in the options file of a Hugging Face folder: {source, tokenizer_json_sha256}
+_SUFFIXES = (".model", ".txt", ".json")
 _FILE_OF_KIND = {"sentencepiece": "tokenizer.model", "wordpiece": "vocab.txt", "json": "tokenizer.json"}
 
 
@@ -58,6 +61,23 @@ class Tokenizer:
                 batch[i] = np.where(self._special[ids], self._dtype.type(self.unk_id), ids)
         return batch
 
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Returns `encode(text)` and (start, end) of the characters of `text` that each token stands for.
+
+        White space at the ends is left out, with or without width; combining accents after the last letter are taken
+        in. The span is empty where a token has no character of its own: a lone "▁", or the f of "ﬁ" if two tokens.
+        """
+        offsets = []
+        for start, end in self._backend.offsets(text):
+            while start < end and _is_blank(text[start]):
+                start += 1
+            while start < end and _is_blank(text[end - 1]):
+                end -= 1
+            while start < end < len(text) and unicodedata.combining(text[end]):
+                end += 1
+            offsets.append((start, end))
+        return self.encode(text), offsets
+
     def token(self, token_id: int) -> str:
         """Returns the piece as the vocabulary spells it."""
         return self._backend.token(int(token_id))
@@ -76,7 +96,7 @@ class Tokenizer:
     def files(self) -> dict[str, bytes]:
         """Returns the tokenizer's files by name."""
         return {_FILE_OF_KIND[self._kind]: self._data,
-                _OPTIONS_FILE: json.dumps({"kind": self._kind, **self._options}, sort_keys=True).encode()}
+                OPTIONS_FILE: json.dumps({"kind": self._kind, **self._options}, sort_keys=True).encode()}
 
     def save(self, folder) -> None:
         """Writes the tokenizer's files into `folder`; `load_tokenizer(folder)` reads them."""
@@ -96,8 +116,11 @@ def load_tokenizer(path, lowercase: bool = True, strip_accents: str = "auto") ->
     """
     path = Path(path).expanduser()
     if path.is_dir():
-        if (path / _OPTIONS_FILE).exists():
-            return tokenizer_from_files({f.name: f.read_bytes() for f in path.iterdir() if f.is_file()}, str(path))
+        if (path / OPTIONS_FILE).exists():
+            files = {f.name: f.read_bytes() for f in path.iterdir() if f.is_file() and f.suffix in _SUFFIXES}
+            if _changed_since_export(files):
+                return Tokenizer("json", files["tokenizer.json"], {}, str(path / "tokenizer.json"))
+            return tokenizer_from_files(files, str(path))
         found = [path / name for name in ("tokenizer.model", "spiece.model", "spm.model", "tokenizer.json",
                                           "vocab.txt") if (path / name).exists()]
         if not found:
@@ -123,11 +146,21 @@ def load_tokenizer(path, lowercase: bool = True, strip_accents: str = "auto") ->
 def tokenizer_from_files(files: dict[str, bytes], name: str = "the stored tokenizer") -> Tokenizer:
     """Returns the tokenizer whose `files()` these are."""
     try:
-        options = json.loads(files[_OPTIONS_FILE])
+        options = json.loads(files[OPTIONS_FILE])
         kind = options.pop("kind")
-        return Tokenizer(kind, files[_FILE_OF_KIND[kind]], options, name)
+        source = options.pop(EXPORT_KEY, {}).get("source", _FILE_OF_KIND[kind])
+        return Tokenizer(kind, files[source], options, name)
     except (KeyError, ValueError) as error:
         raise UserError(f"{name} is incomplete or damaged ({error}): restore its folder.") from error
+
+
+def _changed_since_export(files: dict[str, bytes]) -> bool:
+    """Whether a Hugging Face folder's tokenizer.json was edited after we wrote it: then it counts, not its source."""
+    try:
+        recorded = json.loads(files[OPTIONS_FILE])[EXPORT_KEY]["tokenizer_json_sha256"]
+        return hashlib.sha256(files["tokenizer.json"]).hexdigest() != recorded
+    except (KeyError, TypeError, ValueError):
+        return False    # not such a folder; `tokenizer_from_files` reports a damaged one
 
 
 def train_sentencepiece(documents: Iterable[str], vocab_size: int, path=None, lowercase: bool = True) -> Tokenizer:
@@ -172,6 +205,10 @@ def _sentences(documents: Iterable[str]):
                 yield line
 
 
+def _is_blank(letter: str) -> bool:
+    return letter.isspace() or unicodedata.category(letter) == "Cf"    # SentencePiece takes U+200B for a space
+
+
 def _special_ids(backend, name: str) -> list[int]:
     """Finds [PAD] [UNK] [CLS] [SEP] [MASK], also spelled <pad>, <unk>, <cls> or <s>, <sep> or </s>, <mask>."""
     ids = []
@@ -203,6 +240,13 @@ class _SentencePiece:
             texts = [text.replace("\n", " ") for text in texts]
         return self._model.encode(texts, num_threads=1)
 
+    def offsets(self, text):
+        if self._break_unknown:
+            text = text.replace("\n", " ")
+        if hasattr(self._model, "EncodeAsOffsetMapping"):    # sentencepiece 0.2.2 has it and has dropped the other
+            return self._model.encode(text, out_type="offset_mapping")["offsets"]
+        return [(piece.begin, piece.end) for piece in self._model.encode(text, out_type="immutable_proto").pieces]
+
     def find(self, piece):
         i = self._model.piece_to_id(piece)
         return i if self._model.id_to_piece(i) == piece else None
@@ -223,10 +267,13 @@ class _Words:
 
     def __init__(self, encode_words, dtype):
         self._encode_words, self._dtype = encode_words, dtype
-        self._known = {"": b""}
+        self._known, self._known_offsets = {"": b""}, {}
+
+    def split(self, text):
+        return text.replace("\n", " ").replace("\t", " ").split(" ")
 
     def encode(self, texts):
-        split = [text.replace("\n", " ").replace("\t", " ").split(" ") for text in texts]
+        split = [self.split(text) for text in texts]
         known = self._known
         if len(known) > _CACHED_WORDS:
             known.clear()
@@ -239,6 +286,21 @@ class _Words:
             if len(word) > _LONGEST_CACHED:
                 del known[word]
         return encoded
+
+    def offsets(self, text, word_offsets):
+        """Returns the spans in `text` from those in each word, which `word_offsets` (words to lists) gives."""
+        words, known, found, start = self.split(text), self._known_offsets, [], 0
+        if len(known) > _CACHED_WORDS:
+            known.clear()
+        new = list(set(words).difference(known))
+        known.update(zip(new, word_offsets(new), strict=True))
+        for word in words:
+            found += [(start + a, start + b) for a, b in known[word]]
+            start += len(word) + 1
+        for word in new:
+            if len(word) > _LONGEST_CACHED:
+                del known[word]
+        return found
 
 
 class _WordPiece:
@@ -268,12 +330,27 @@ class _WordPiece:
         self._words = _Words(self._encode_words, token_dtype(self.vocab_size))
 
     def _encode_words(self, words):
-        if self._lowercase:    # the library lower-cases letter by letter and misses the Greek final sigma
-            words = [word.lower() if "Σ" in word else word for word in words]
-        return [e.ids for e in self._library.encode_batch_fast(words, add_special_tokens=False)]
+        return [e.ids for e in self._library.encode_batch_fast(self._final_sigma(words), add_special_tokens=False)]
+
+    def _final_sigma(self, words):
+        # The library lower-cases letter by letter and misses the Greek final sigma.
+        return [word.lower() if self._lowercase and "Σ" in word else word for word in words]
+
+    def _word_offsets(self, words):
+        shown = self._final_sigma(words)
+        for word, lowered, e in zip(words, shown, self._library.encode_batch(shown, add_special_tokens=False),
+                                    strict=True):
+            if lowered is word:
+                yield e.offsets
+            else:    # İ becomes two characters
+                origin = [i for i, letter in enumerate(word) for _ in letter.lower()]
+                yield [(origin[a], origin[b - 1] + 1) for a, b in e.offsets]
 
     def encode(self, texts):
         return self._words.encode(texts)
+
+    def offsets(self, text):
+        return self._words.offsets(text, self._word_offsets)
 
     def find(self, piece):
         return self._vocabulary.get(piece)
@@ -299,7 +376,9 @@ class _Json:
         self.vocab_size = max(self._library.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         parts = json.loads(data)
         kinds = [(parts.get(part) or {}).get("type") for part in ("normalizer", "pre_tokenizer", "model")]
-        by_word = kinds == ["BertNormalizer", "BertPreTokenizer", "WordPiece"]
+        # A token added by hand may hold a space, and then words are not everything.
+        spaced = any(re.search(r"\s", token["content"]) for token in parts.get("added_tokens") or [])
+        by_word = kinds == ["BertNormalizer", "BertPreTokenizer", "WordPiece"] and not spaced
         self._words = _Words(self._encode, token_dtype(self.vocab_size)) if by_word else None
 
     def _encode(self, texts):
@@ -307,6 +386,12 @@ class _Json:
 
     def encode(self, texts):
         return self._words.encode(texts) if self._words else self._encode(texts)
+
+    def _offsets(self, texts):
+        return [e.offsets for e in self._library.encode_batch(texts, add_special_tokens=False)]
+
+    def offsets(self, text):
+        return self._words.offsets(text, self._offsets) if self._words else self._offsets([text])[0]
 
     def find(self, piece):
         return self._library.token_to_id(piece)

@@ -128,8 +128,8 @@ def _gather(rows: Iterable[Row], tensors: Mapping[str, np.ndarray], where: str,
                 raise UserError(f"{where} has no tensor {name}: it is not a whole checkpoint of this network.")
             array = tensors[name]
             if array.shape != expected:
-                raise UserError(f"{where}: {name} has shape {array.shape}, the sizes in its config ask for {expected}: "
-                                "weights and config belong to different networks (generator and discriminator?).")
+                raise UserError(f"{where}: {name} has shape {array.shape}, the network's sizes ask for {expected}: "
+                                "they belong to different networks (generator and discriminator?).")
             parts.append((array.T if torch_layout and _is_kernel(row) else array).astype(np.float32))
         *folders, last = row.path.split("/")
         node = params
