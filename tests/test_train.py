@@ -194,7 +194,7 @@ def test_the_readme_example_loads_a_checkpoint_in_a_fresh_process(straight):
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=straight,
                             env=os.environ | {"PYTHONPATH": str(REPO), "JAX_PLATFORMS": "cpu"})
     assert result.returncode == 0, result.stderr
-    assert re.fullmatch(r"\(1, \d+, 32\) False\n", result.stdout), result.stdout
+    assert re.fullmatch(r"\(2, \d+, 32\) False\n", result.stdout), result.stdout
 
 
 def test_a_loaded_generator_and_discriminator_know_padding_and_segments(straight):

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from electra_jax import checkpoint, cli, config, optimizer, runtime
+from electra_jax import checkpoint, cli, config, runtime
 from electra_jax import model as model_lib
 from electra_jax.config import UserError
 from electra_jax.data.tokenizer import Tokenizer
@@ -37,6 +37,7 @@ def write(output: str | os.PathLike, model: dict[str, Any], params: dict[str, An
                         f"{fields.model.vocab_size} rows: they do not belong together.")
     state = {"step": jnp.asarray(step or 0, jnp.int32), "params": jax.tree.map(jnp.asarray, params)}
     if moments is not None:
+        from electra_jax import optimizer    # late: whoever only loads a network needs no optax
         state["opt_state"] = optimizer.with_moments(
             optimizer.build(fields.optimizer).init(state["params"]), *moments, state["step"])
     with new_folder(output) as folder:
