@@ -1,5 +1,6 @@
 """Flags `--config` and `--workdir`, and errors of the user in one line: shared by train, finetune and prepare."""
 
+import argparse
 import difflib
 import itertools
 import re
@@ -28,7 +29,7 @@ def run_main(main, validate=config_lib.validate, argv: list[str] | None = None) 
         return 0
 
     def start() -> int | None:
-        config, workdir = parse(argv)
+        config, workdir = parse(argv, (validate or config_lib.validate).__module__)
         if validate is not None:
             validate(config)
         return main(config, workdir)
@@ -48,8 +49,17 @@ def exit_code(main) -> int:
         return 130
 
 
-def parse(argv: list[str]) -> tuple[ml_collections.ConfigDict, str]:
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse's, but a mistake raises UserError, one line, instead of printing the usage."""
+
+    def error(self, message: str):
+        raise UserError(f"{message} (see {self.prog} --help).")
+
+
+def parse(argv: list[str], fields_in: str = "electra_jax.config") -> tuple[ml_collections.ConfigDict, str]:
     """Returns (config, workdir) of a command line; workdir is "runs/NAME-VARIANT" when not given.
+
+    `fields_in` is the module that lists the fields, for messages.
 
     Raises UserError for a missing or broken config file, an unknown field and a value of the wrong type.
     """
@@ -60,7 +70,7 @@ def parse(argv: list[str]) -> tuple[ml_collections.ConfigDict, str]:
     config = _parse(argv[:1] + own, " ".join(own)).config    # alone first: errors below are then about overrides
     for arg in argv[1:]:
         if match := re.match(r"--?(?:no)?config\.([^=]*)", arg):
-            _check_field(config, match.group(1))
+            _check_field(config, match.group(1), f"{fields_in.replace('.', '/')}.py")
     values = _parse(argv, " ".join(own))
     flags.FLAGS.mark_as_parsed()    # libraries (grain, tfds) read absl's global flags
     return values.config, values.workdir or _default_workdir(own[-1])
@@ -104,12 +114,12 @@ def _parse(argv: list[str], config_arg: str) -> flags.FlagValues:
     return values
 
 
-def _check_field(config: ml_collections.ConfigDict, field: str) -> None:
+def _check_field(config: ml_collections.ConfigDict, field: str, file: str) -> None:
     """Raises UserError that names the nearest field when `field` does not exist."""
     known = list(_fields(config))
     if field not in known:
         near = difflib.get_close_matches(field, known, n=1, cutoff=0.5)
-        hint = f"did you mean config.{near[0]}?" if near else "the fields are listed in electra_jax/config.py."
+        hint = f"did you mean config.{near[0]}?" if near else f"the fields are listed in {file}."
         raise UserError(f"config.{field} is not a field: {hint}")
 
 

@@ -222,6 +222,9 @@ def check_fields(config: ml_collections.ConfigDict, choices: dict, ranges: dict)
 
 def validate(config: ml_collections.ConfigDict) -> None:
     """Raises UserError for the first field whose value cannot work, alone or with the others."""
+    if "objective" not in config:
+        raise UserError("--config: this is no pretraining config (has no section objective): configs/finetune/ belongs "
+                        "to electra_jax.finetune.")
     check_fields(config, _CHOICES, _RANGES)
     m, d = config.model, config.data
     if m.hidden_size % m.num_heads:

@@ -32,8 +32,9 @@ class StopSignal:
     must be set by the main thread, and after `initialize_distributed`, which sets one for SIGTERM.
     """
 
-    def __init__(self):
-        self.requested = False
+    def __init__(self, consequence: str = "saving a checkpoint"):
+        """`consequence` is what the printed line says will happen."""
+        self.requested, self._consequence = False, consequence
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignal":
@@ -52,7 +53,7 @@ class StopSignal:
                 raise KeyboardInterrupt
             return   # a scheduler may repeat its SIGTERM
         self.requested = True
-        text = f"{signal.Signals(number).name}: stopping after this step, saving a checkpoint (Ctrl-C again: at once)"
+        text = f"{signal.Signals(number).name}: stopping after this step, {self._consequence} (Ctrl-C again: at once)"
         # not print: the signal may have come inside a print, whose buffer must not be entered twice
         os.write(2, f"\n{text}\n".encode())
 

@@ -111,7 +111,9 @@ def test_scanned_and_unrolled_models_start_from_the_same_numbers():
 
     unrolled, scanned = both()
     assert "layers" in scanned["generator"]["encoder"]
-    jax.tree.map(np.testing.assert_array_equal, model.stack_layers(unrolled), scanned)
+    # To the last digit or two: each program rounds its normal numbers in its own way.
+    close = functools.partial(np.testing.assert_allclose, rtol=2e-6, atol=1e-8)
+    jax.tree.map(close, model.stack_layers(unrolled), scanned)
 
 
 def test_bfloat16_stays_near_float32_and_keeps_its_logits_in_float32():

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from electra_jax import checkpoint, config, model
+from electra_jax import checkpoint, cli, config, model
 from electra_jax.config import UserError
 from electra_jax.data.tokenizer import Tokenizer, tokenizer_from_files
 from electra_jax.interop import names, tokenizers, weights, workdir
@@ -282,8 +282,8 @@ def _merge(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
 
 def main(arguments: list[str]) -> None:
     """The command line above; raises UserError for what the user can mend."""
-    parser = argparse.ArgumentParser("python -m electra_jax.interop.huggingface", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.ArgumentParser("python -m electra_jax.interop.huggingface", description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     out = commands.add_parser("export", help="a checkpoint of ours to Hugging Face folders")
     out.add_argument("--checkpoint", required=True, help="workdir, its checkpoints folder, or one checkpoint")

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from electra_jax import cli
 from electra_jax.config import UserError
 from electra_jax.data.tokenizer import load_tokenizer
 from electra_jax.interop import bundle, names, workdir
@@ -240,8 +241,8 @@ def _cut(params: Mapping[str, Any], vocab_size: int) -> None:
 
 def main(arguments: list[str]) -> None:
     """The command line above; raises UserError for what the user can mend."""
-    parser = argparse.ArgumentParser("python -m electra_jax.interop.tf1", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.ArgumentParser("python -m electra_jax.interop.tf1", description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
     into = parser.add_subparsers(dest="command", required=True).add_parser("import", help="a checkpoint to a workdir")
     into.add_argument("--checkpoint", required=True, help="PREFIX of PREFIX.index, or a folder: its newest checkpoint")
     into.add_argument("--output", required=True, help="new workdir")

@@ -37,7 +37,7 @@ def write(output: str | os.PathLike, model: dict[str, Any], params: dict[str, An
                         f"{fields.model.vocab_size} rows: they do not belong together.")
     state = {"step": jnp.asarray(step or 0, jnp.int32), "params": jax.tree.map(jnp.asarray, params)}
     if moments is not None:
-        from electra_jax import optimizer    # late: whoever only loads a network needs no optax
+        from electra_jax import optimizer  # late: whoever only loads a network needs no optax
         state["opt_state"] = optimizer.with_moments(
             optimizer.build(fields.optimizer).init(state["params"]), *moments, state["step"])
     with new_folder(output) as folder:

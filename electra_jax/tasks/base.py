@@ -1,0 +1,91 @@
+"""What a task is to the fine-tuning loop: features in, outputs of the network back, scores and predictions out."""
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from electra_jax.data.tokenizer import Tokenizer
+
+Outputs = Mapping[str, np.ndarray]   # of one feature; what it holds depends on the head, see `Task.head`
+
+
+@dataclasses.dataclass(frozen=True)
+class Feature:
+    """One sequence as the network reads it, without padding, and what it should answer.
+
+    `targets` by head: classification {"label": int}, regression {"label": float}, tagging {"label": int32 [L], -1
+    where nothing is scored}, qa {"start", "end", "impossible": int}; empty where the answer is not known. `allowed`
+    (qa): bool [L], positions an answer may start or end at.
+    """
+
+    input_ids: np.ndarray          # int32 [L], [CLS] and [SEP] included
+    token_type_ids: np.ndarray     # int32 [L]
+    targets: dict[str, Any]
+    allowed: np.ndarray | None = None
+
+
+class Task(ABC):
+    """One task with its data.
+
+    `head` says which outputs a feature gets: "classification" {"logits": [C]}, "regression" {"score": []},
+    "tagging" {"logits": [L, C]}, "qa" {"start": [L], "end": [L]} (log probabilities) or, with the joint head,
+    {"start_positions": [K], "start_log_probs": [K], "end_positions": [K, K], "end_log_probs": [K, K],
+    "impossible": []} (a logit).
+    """
+
+    name: str
+    head: str
+    labels: tuple[str, ...] = ()     # classes or tags, C of them
+    metric: str                      # key of `score` that chooses the best checkpoint; higher is better
+    tokenizer: Tokenizer
+    seq_len: int                     # longest feature
+
+    @abstractmethod
+    def splits(self) -> tuple[str, ...]:
+        """Names of the splits that are there: "train", then those to evaluate, "test" last if there is one."""
+
+    @abstractmethod
+    def features(self, split: str) -> list[Feature]:
+        """Returns the features of a split, in order."""
+
+    @abstractmethod
+    def score(self, split: str, outputs: Sequence[Outputs]) -> dict[str, float]:
+        """Returns the official metrics, in percent, from one output a feature."""
+
+    @abstractmethod
+    def write_predictions(self, split: str, outputs: Sequence[Outputs], folder: Path) -> None:
+        """Writes the official predictions file of a split into `folder`."""
+
+    # --- New text, with a tuned network ---------------------------------------------------------
+
+    @abstractmethod
+    def spec(self) -> dict[str, Any]:
+        """Returns JSON from which `tasks.restore(spec, tokenizer)` makes a task without data, to predict with."""
+
+    @abstractmethod
+    def columns(self) -> tuple[str, ...]:
+        """Names of the fields that a new record has to have; a lone one may come as a plain line of text."""
+
+    @abstractmethod
+    def encode(self, record: Mapping[str, Any]) -> list[Feature]:
+        """Returns the features of a new record (the columns that the task was trained on), without targets."""
+
+    @abstractmethod
+    def answer(self, record: Mapping[str, Any], outputs: Sequence[Outputs]) -> dict[str, Any]:
+        """Returns what to tell the user about a record, JSON: label, score, tags or span, and probabilities."""
+
+
+def join(tokenizer: Tokenizer, a: Sequence[int], b: Sequence[int] | None, seq_len: int,
+         targets: dict[str, Any]) -> Feature:
+    """Returns [CLS] A [SEP] or [CLS] A [SEP] B [SEP], cut to `seq_len` from the end of the longer text as BERT does."""
+    a, b = list(a), list(b or ())
+    room = seq_len - (3 if b else 2)
+    while len(a) + len(b) > room:
+        (a if len(a) > len(b) else b).pop()
+    ids = [tokenizer.cls_id, *a, tokenizer.sep_id, *b] + [tokenizer.sep_id] * bool(b)
+    types = [0] * (len(a) + 2) + [1] * (len(b) + 1) * bool(b)
+    return Feature(np.array(ids, np.int32), np.array(types, np.int32), targets)

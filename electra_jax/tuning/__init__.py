@@ -1,0 +1,1 @@
+"""Fine-tuning: heads, step, batches by length, one run, many runs."""

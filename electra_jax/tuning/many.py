@@ -1,0 +1,157 @@
+"""Many runs as one command: every task with every seed, finished ones kept, and the table of what they scored."""
+
+import csv
+import io
+import math
+import statistics
+import zlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import rich.console
+import rich.table
+
+from electra_jax import runtime, sharding
+from electra_jax.config import UserError
+from electra_jax.interop.workdir import read_json
+from electra_jax.pretrained import Pretrained
+from electra_jax.tasks.base import Task
+from electra_jax.tuning import run as run_lib
+
+# What may change between two commands on one workdir: how many runs, and what does not touch their numbers.
+_FREE = ("run.tasks", "run.seeds", "run.log_every_steps", "run.tensorboard", "run.compilation_cache", "run.save",
+         "task.name", "init_from")
+
+
+def run_all(config, workdir: Path, pretrained: Pretrained,
+            tasks: dict[str, Callable[[], Task]]) -> list[dict[str, Any]]:
+    """Fine-tunes each task with each seed and returns the results, finished ones read from `workdir`.
+
+    `tasks` makes a task by its name when its turn comes. Raises UserError when `workdir` holds runs of other settings
+    and when a batch does not divide over the mesh, run_lib.Stopped after a signal.
+    """
+    mesh = sharding.make_mesh(config.mesh)
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    if config.data.batch_size % shards:
+        raise UserError(f"data.batch_size={config.data.batch_size} does not divide by mesh.data x mesh.fsdp = "
+                        f"{shards}: change data.batch_size to a multiple of {shards}.")
+    _check_same_settings(config, workdir, pretrained)
+    results = []
+    with runtime.StopSignal("finished runs are kept") as stop, runtime.Watchdog() as watchdog:
+        for name, make_task in tasks.items():
+            folders = {seed: workdir / name / f"seed-{seed}" for seed in
+                       range(config.run.seed, config.run.seed + config.run.seeds)}
+            finished = {seed for seed, folder in folders.items() if (folder / "result.json").exists()}
+            task = None if len(finished) == len(folders) else make_task()
+            for seed, folder in folders.items():
+                if seed not in finished:
+                    folder.mkdir(parents=True, exist_ok=True)
+                    program = run_lib.make_program(pretrained, task, config, mesh)
+                    run = run_lib.Run(config, pretrained, task, program, seed, folder, f"{name} seed {seed}")
+                    run.go(stop, watchdog)
+                results.append(read_json(folder / "result.json"))
+                if stop.requested:
+                    raise run_lib.Stopped
+            if finished:
+                print(f"{name}: {len(finished)} of {len(folders)} runs were finished already", flush=True)
+    return results
+
+
+def _check_same_settings(config, workdir: Path, pretrained: Pretrained) -> None:
+    crc = 0
+    for leaf in jax.tree.leaves(pretrained.params):
+        crc = zlib.crc32(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8), crc)
+    settings = {"tokenizer": pretrained.tokenizer.fingerprint, "parameters": crc, **_flat(config.to_dict())}
+    settings = {name: value for name, value in settings.items() if name not in _FREE}
+    file = workdir / "settings.json"
+    # Before the first result there is nothing to keep apart, and what was wrong in the command may be mended.
+    if any(workdir.glob("*/seed-*/result.json")):
+        stored = read_json(file)
+        for name in settings | stored:
+            if settings.get(name) != stored.get(name):
+                what = f"{name} is {settings.get(name)!r}, but {stored.get(name)!r}"
+                if other := {"tokenizer": "another vocabulary", "parameters": "other parameters"}.get(name):
+                    what = f"init_from={config.init_from} has {other} than used"
+                raise UserError(f"{what} in the runs of {workdir}: give another --workdir.")
+    runtime.write_json_atomic(file, settings)
+
+
+def _flat(fields: dict, prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for name, value in fields.items():
+        out |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return out
+
+
+# --- The table ----------------------------------------------------------------------------------
+
+def summarize(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns a row a task and metric, the task's own first: n, median, mean, standard deviation (n - 1), best."""
+    rows = []
+    for task in dict.fromkeys(r["task"] for r in results):
+        runs = [r for r in results if r["task"] == task and r["scores"]]
+        if not runs:
+            continue
+        main = runs[0]["metric"]
+        for metric in sorted(runs[0]["scores"], key=lambda m: m != main):
+            values = [r["scores"][metric] for r in runs]
+            rows.append({"task": task, "metric": metric, "n": len(values), "median": statistics.median(values),
+                         "mean": statistics.fmean(values), "best": max(values),
+                         "std": statistics.stdev(values) if len(values) > 1 else float("nan"),
+                         "seconds": statistics.median(r["seconds"] for r in runs)})
+    return rows
+
+
+_COLUMNS = ("task", "metric", "median", "mean", "std", "best", "n", "seconds")
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.2f}" if math.isfinite(value) else ""
+    return str(value)
+
+
+def markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """Returns the rows as a Markdown table."""
+    lines = [_COLUMNS, ["---"] * len(_COLUMNS), *([_cell(row[c]) for c in _COLUMNS] for row in rows)]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def report(results: Sequence[dict[str, Any]], workdir: Path) -> None:
+    """Prints the table and writes results.json, .csv, .md and .png to `workdir`."""
+    rows = summarize(results)
+    table = rich.table.Table(*_COLUMNS)
+    for row in rows:
+        table.add_row(*(_cell(row[c]) for c in _COLUMNS))
+    rich.console.Console().print(table)
+    # JSON has no NaN, which is the deviation of one run.
+    plain = [{name: None if value != value else value for name, value in row.items()} for row in rows]
+    runtime.write_json_atomic(workdir / "results.json", {"summary": plain, "runs": list(results)})
+    text = io.StringIO()
+    writer = csv.DictWriter(text, _COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(plain)
+    (workdir / "results.csv").write_text(text.getvalue())
+    (workdir / "results.md").write_text(markdown(rows))
+    plot(results, workdir / "results.png")
+    print(f"results      {workdir}/results.{{json,csv,md,png}}, predictions in {workdir}/TASK/seed-N/predictions")
+
+
+def plot(results: Sequence[dict[str, Any]], file: Path) -> None:
+    """Draws every run's score by task, with the median as a line."""
+    from matplotlib.figure import Figure  # no pyplot: no window system, no global state
+    tasks = list(dict.fromkeys(r["task"] for r in results if r["scores"]))
+    figure = Figure(figsize=(1.5 + 1.1 * len(tasks), 4), layout="constrained")
+    axes = figure.add_subplot()
+    for i, task in enumerate(tasks):
+        runs = [r for r in results if r["task"] == task and r["scores"]]
+        values = [r["scores"][r["metric"]] for r in runs]
+        axes.plot([i] * len(values), values, "o", alpha=0.5)
+        axes.hlines(statistics.median(values), i - 0.3, i + 0.3, color="black")
+    axes.set_xticks(range(len(tasks)), [f"{t}\n{next(r['metric'] for r in results if r['task'] == t)}" for t in tasks])
+    axes.set_ylabel("dev score")
+    axes.grid(axis="y", alpha=0.3)
+    figure.savefig(file, dpi=120)
