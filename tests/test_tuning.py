@@ -227,9 +227,10 @@ def test_an_epoch_is_a_function_of_the_seed_and_takes_each_row_once():
 
 
 def test_few_lengths_cover_all_and_none_is_cut():
-    found = {batches.padded_length(n, 16, 128) for n in range(1, 129)}
-    assert found == {16, 32, 48, 64, 128}
-    assert all(batches.padded_length(n, 16, 128) >= n for n in range(1, 129))
+    found = [batches.padded_length(n, 8, 512) for n in range(1, 513)]
+    assert sorted(set(found)) == [*range(8, 65, 8), 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 448, 512]
+    assert all(padded >= n for n, padded in enumerate(found, 1))
+    assert {batches.padded_length(n, 64, 512) for n in range(1, 513)} == {*range(64, 513, 64)}
     assert batches.padded_length(100, 16, 110) == 110    # never longer than the longest feature can be
 
 

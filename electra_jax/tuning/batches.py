@@ -9,14 +9,13 @@ from electra_jax.tasks.base import Feature
 
 
 def padded_length(length: int, bucket: int, longest: int) -> int:
-    """The length that a row is padded to: a multiple of `bucket`, and power-of-two many of them from 4 on.
+    """The length that a row is padded to: a multiple of `bucket`, or four lengths an octave where those are sparser.
 
-    With 16 and 128 that is 16, 32, 48, 64, 128: shapes, hence compiles, grow with the logarithm of the length.
+    With 8 that is 8, 16, ..., 64, 80, 96, 112, 128, 160, ...: a quarter of padding at most beyond 32, and shapes, hence
+    compiles, grow with the logarithm of the length.
     """
-    count = -(-length // bucket)
-    if count > 4:
-        count = 1 << (count - 1).bit_length()
-    return min(count * bucket, max(longest, length))
+    step = max(bucket, (1 << (length - 1).bit_length()) // 8)
+    return min(-(-length // step) * step, max(longest, length))
 
 
 def epoch(lengths: np.ndarray, batch_size: int, pool_batches: int, seed: int, number: int) -> list[np.ndarray]:

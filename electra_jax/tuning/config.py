@@ -55,7 +55,7 @@ def get_config() -> ml_collections.ConfigDict:
     d.seq_len = 128                  # longest sequence in tokens, specials included
     d.batch_size = 32                # sequences a step
     d.eval_batch_size = 64           # sequences a batch of an evaluation
-    d.bucket = 16                    # batches are padded to a multiple of this many tokens; few shapes, few compiles
+    d.bucket = 8                     # batches are padded to a multiple of this; few shapes, few compiles
     d.pool_batches = 50              # that many batches are drawn at random, then sorted by length; 1: no sorting
 
     c.optimizer = o = ml_collections.ConfigDict()
