@@ -1,6 +1,9 @@
 """What a task is to the fine-tuning loop: features in, outputs of the network back, scores and predictions out."""
 
 import dataclasses
+import gzip
+import os
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from electra_jax.config import UserError
 from electra_jax.data.tokenizer import Tokenizer
 
 Outputs = Mapping[str, np.ndarray]   # of one feature; what it holds depends on the head, see `Task.head`
@@ -77,6 +81,25 @@ class Task(ABC):
     @abstractmethod
     def answer(self, record: Mapping[str, Any], outputs: Sequence[Outputs]) -> dict[str, Any]:
         """Returns what to tell the user about a record, JSON: label, score, tags or span, and probabilities."""
+
+
+def read_text(field: str, path: str | os.PathLike) -> str:
+    """Returns the text of a UTF-8 file, also of one with .gz behind, without a byte order mark.
+
+    Raises UserError that names the config's `field`, the file and, for other text than UTF-8, the line.
+    """
+    try:
+        data = Path(path).expanduser().read_bytes()
+        data = gzip.decompress(data) if str(path).endswith(".gz") else data
+    except (OSError, EOFError, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"{field}: {path} cannot be read ({reason}): check the path and the file.") from error
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{field}: {path}:{line} is not UTF-8 text: convert it, e.g. iconv -f LATIN1 -t UTF-8."
+                        ) from error
 
 
 def join(tokenizer: Tokenizer, a: Sequence[int], b: Sequence[int] | None, seq_len: int,

@@ -14,8 +14,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 from electra_jax.config import UserError
 from electra_jax.data.tokenizer import Tokenizer
-from electra_jax.tasks.base import Feature, Outputs, Task
-from electra_jax.tasks.tagging import read_text
+from electra_jax.tasks.base import Feature, Outputs, Task, read_text
 
 _DEFAULTS = {
     "version": "v1.1",         # "v1.1", or "v2.0": some questions have no answer

@@ -11,7 +11,7 @@ import numpy as np
 
 from electra_jax.config import UserError
 from electra_jax.data.tokenizer import Tokenizer
-from electra_jax.tasks.base import Feature, Outputs, Task
+from electra_jax.tasks.base import Feature, Outputs, Task, read_text
 
 Chunk = tuple[str, int, int]    # type, first word, one past the last word
 
@@ -283,20 +283,6 @@ def _labels(sentences: list[_Sentence], scheme: str) -> list[str]:
 
 
 # --- Files and records -------------------------------------------------------------------------------
-
-
-def read_text(field: str, path) -> str:
-    """Returns a UTF-8 file's text, without a byte-order mark. Raises UserError that names `field`, file and line."""
-    try:
-        data = Path(path).expanduser().read_bytes()
-    except OSError as error:
-        raise UserError(f"{field}: {path} cannot be read ({error.strerror}): correct the path.") from error
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data[:error.start].count(b"\n") + 1
-        raise UserError(f"{field}: {path}:{line} is not UTF-8 text: convert it, e.g. iconv -f LATIN1 -t UTF-8."
-                        ) from error
 
 
 def _read(field: str, path, word_column: int, tag_column: int, train_width: int) -> tuple[list[_Sentence], int]:

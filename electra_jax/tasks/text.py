@@ -1,11 +1,9 @@
 """Classes or scores for one text or two: the user's own tables here, GLUE's in `tasks.glue`."""
 
 import csv
-import gzip
 import io
 import json
 import math
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +13,7 @@ import numpy as np
 from electra_jax.config import UserError
 from electra_jax.data.tokenizer import Tokenizer
 from electra_jax.tasks import scores
-from electra_jax.tasks.base import Feature, Outputs, Task, join
+from electra_jax.tasks.base import Feature, Outputs, Task, join, read_text
 
 _HELD_OUT = 0.1          # share of train that is dev, where no dev file is given
 _ENCODED_AT_ONCE = 10_000
@@ -284,7 +282,7 @@ def read_table(path, field: str, columns: Mapping[str, str], header: bool = True
     if not form:
         raise UserError(f"{where}: the name must end in {', '.join(_FORMATS)} (or one of these and .gz).")
     # Not `splitlines`: it takes more than line feeds for the end of a line.
-    lines = io.StringIO(_read(path, where), newline="" if form == ".csv" else "\n")
+    lines = io.StringIO(read_text(field, path), newline="" if form == ".csv" else "\n")
     found = json_rows(lines, where) if form == ".jsonl" else table_rows(lines, form, where)
     records, first = [], None
     for line, cells in found:
@@ -315,20 +313,6 @@ def read_table(path, field: str, columns: Mapping[str, str], header: bool = True
     if not records:
         raise UserError(f"{where} has no rows: give a file with examples.")
     return records
-
-
-def _read(path, where: str) -> str:
-    try:
-        data = Path(path).expanduser().read_bytes()
-        data = gzip.decompress(data) if str(path).endswith(".gz") else data
-    except (OSError, EOFError, zlib.error) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise UserError(f"{where} cannot be read ({reason}): check the path and the file.") from error
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{where}:{line} is not UTF-8 text: convert it, e.g. iconv -f LATIN1 -t UTF-8.") from error
 
 
 def table_rows(lines: Iterable[str], form: str, where: str) -> Iterator[tuple[int, list[str]]]:
