@@ -6,7 +6,8 @@
       --config.task.data_dir=glue --config.run.tasks=cola,mrpc,stsb --config.run.seeds=5
 
 Variants besides: `base` and `large` (rates of those sizes), `paper` and `reference` (paper or code where they differ).
-SST-2 with small: 6,312 steps, about 1 h on two CPU cores. Published dev scores of the released models: docs/results.md.
+Published dev medians of the released Small (++): CoLA 57.0, SST-2 91.2, MRPC 88.0, STS-B 87.5, QQP 89.0, MNLI 81.3,
+QNLI 88.4, RTE 66.7.
 """
 
 from electra_jax.tuning import config as defaults
