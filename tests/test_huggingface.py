@@ -334,6 +334,16 @@ def test_an_output_that_is_there_is_not_touched(exported, tmp_path):
     assert [p.name for p in tmp_path.rglob("*")] == ["mine", "file"]
 
 
+def test_a_failure_half_way_leaves_nothing_behind(tmp_path):
+    with pytest.raises(RuntimeError, match="half"), workdir.new_folder(tmp_path / "out") as folder:
+        (folder / "file").write_text("x")
+        raise RuntimeError("half way")
+    assert not list(tmp_path.iterdir())
+    with workdir.new_folder(tmp_path / "out") as folder:
+        (folder / "file").write_text("x")
+    assert [p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*")] == ["out", "out/file"]
+
+
 def test_sharded_weights_are_read(exported, tmp_path):
     params, folder = exported
     shutil.copytree(folder / "hf/discriminator", tmp_path / "d")
