@@ -239,12 +239,6 @@ def import_folders(discriminator: str | os.PathLike, output: str | os.PathLike,
     workdir.write(output, fields, params, tokenizer, source=f"huggingface {discriminator} {generator or ''}".strip())
 
 
-def _model_section(fields: dict[str, Any]):
-    section = config.get_config().model
-    section.update(fields)
-    return section
-
-
 def _joint_fields(disc: Network, gen: Network) -> dict[str, Any]:
     """Returns the fields of `model` that make exactly these two networks."""
     for name in ("vocab_size", "max_positions", "type_vocab_size", "layer_norm_eps"):
@@ -253,18 +247,8 @@ def _joint_fields(disc: Network, gen: Network) -> dict[str, Any]:
                             f"{disc.folder}, but the two networks have it in common here.")
     a, b = disc.arch, gen.arch
     shared = _equal(disc.tables(), gen.tables())
-    fields = disc.sizes | {
-        "generator_size": b.hidden_size / a.hidden_size, "generator_layers": b.num_layers / a.num_layers,
-        "sharing": "none" if not shared else
-                   "all" if a == b and _equal(disc.encoder(), gen.encoder()) else "embeddings"}
-    if not shared and b.embedding_size != b.hidden_size:
-        fields["generator_embedding_size"] = b.embedding_size
-    derived = model.generator_architecture(_model_section(fields | {"generator_heads": b.num_heads}))
-    if derived.intermediate_size != b.intermediate_size:
-        fields["generator_intermediate_size"] = b.intermediate_size
-    if max(1, b.hidden_size // a.head_size) != b.num_heads:
-        fields["generator_heads"] = b.num_heads
-    return fields
+    sharing = "none" if not shared else "all" if a == b and _equal(disc.encoder(), gen.encoder()) else "embeddings"
+    return disc.sizes | workdir.generator_fields(a, b, sharing)
 
 
 def _equal(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:

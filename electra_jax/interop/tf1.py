@@ -207,20 +207,9 @@ def _generator(variables: _Variables, disc: Architecture, num_heads: int | None)
 def _model_section(disc: Architecture, gen: Architecture | None, sharing: str) -> dict[str, Any]:
     fields = ("vocab_size", "embedding_size", "hidden_size", "num_layers", "num_heads", "intermediate_size",
               "max_positions", "type_vocab_size")
-    model = {name: getattr(disc, name) for name in fields} | {
-        "sharing": sharing, "generator_heads": 0, "generator_intermediate_size": 0, "generator_embedding_size": 0}
-    if gen is None:
-        return model
-    model["generator_size"] = gen.hidden_size / disc.hidden_size
-    model["generator_layers"] = gen.num_layers / disc.num_layers
-    # 0 means the derived value, which holds for the published sizes.
-    if gen.num_heads != max(1, gen.hidden_size // disc.head_size):
-        model["generator_heads"] = gen.num_heads
-    if gen.intermediate_size != round(gen.hidden_size * disc.intermediate_size / disc.hidden_size):
-        model["generator_intermediate_size"] = gen.intermediate_size
-    if sharing == "none" and gen.embedding_size != gen.hidden_size:
-        model["generator_embedding_size"] = gen.embedding_size
-    return model
+    none = {"sharing": sharing, "generator_heads": 0, "generator_intermediate_size": 0, "generator_embedding_size": 0}
+    return {name: getattr(disc, name) for name in fields} | (
+        workdir.generator_fields(disc, gen, sharing) if gen else none)
 
 
 def _check_padding(prefix: str, rows: int, vocab_size: int) -> None:

@@ -57,6 +57,17 @@ def write(output: str | os.PathLike, model: dict[str, Any], params: dict[str, An
         print("with the optimizer's moments and schedule as well: --config.run.init_optimizer=True")
 
 
+def generator_fields(disc: model_lib.Architecture, gen: model_lib.Architecture, sharing: str) -> dict[str, Any]:
+    """Returns the fields of `model` that make the generator `gen` beside `disc`; 0 where the derived value holds."""
+    derived = {"heads": max(1, gen.hidden_size // disc.head_size),
+               "intermediate_size": round(gen.hidden_size * disc.intermediate_size / disc.hidden_size),
+               "embedding_size": gen.hidden_size if sharing == "none" else disc.embedding_size}
+    actual = {"heads": gen.num_heads, "intermediate_size": gen.intermediate_size, "embedding_size": gen.embedding_size}
+    return {"sharing": sharing, "generator_size": gen.hidden_size / disc.hidden_size,
+            "generator_layers": gen.num_layers / disc.num_layers,
+            **{f"generator_{name}": value if value != derived[name] else 0 for name, value in actual.items()}}
+
+
 def fresh_generator(model: dict[str, Any], seed: int) -> dict[str, Any]:
     """Draws the generator that fields of `model` describe, on the discriminator's tables, and says so."""
     section = config.get_config().model
