@@ -13,7 +13,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from electra_jax.config import UserError
 from electra_jax.layers import Architecture, Array, Dropout, add_bias, dense, matmul, normal
-from electra_jax.sharding import BATCH_AXES
+from electra_jax.sharding import BATCH_AXES, context_mesh
 
 # What runs where; "xla" runs everywhere.
 PLATFORMS = {"cudnn": ("gpu", "cuda"), "splash": ("tpu",)}
@@ -81,8 +81,8 @@ def splash(q_BLHK: Array, k_BLHK: Array, v_BLHK: Array, piece_ids_BL: Array) -> 
             q_BHLK, k_BHLK, v_BHLK, piece_ids_BL)
 
     # The compiler cannot split a kernel over the mesh, so that is said here: rows and, where they divide, heads.
-    mesh = jax.sharding.get_abstract_mesh()
-    if not mesh.empty:
+    mesh = context_mesh()
+    if mesh is not None:
         heads = "tensor" if q_BLHK.shape[2] % mesh.shape["tensor"] == 0 else None
         rows, ids = PartitionSpec(BATCH_AXES, heads), PartitionSpec(BATCH_AXES)
         attend = jax.shard_map(attend, mesh=mesh, in_specs=(rows, rows, rows, ids), out_specs=rows, check_vma=False)
@@ -99,12 +99,12 @@ class Attention(nn.Module):
     def __call__(self, x_BLD, piece_ids_BL, position_ids_BL, deterministic):
         a = self.arch
         B, L, D = x_BLD.shape
-        # One product for query, key and value; the kernel keeps them on an axis of their own, so that
-        # sharding over heads cuts all three alike.
+        # One product for query, key and value; they keep an axis of their own, so that sharding over heads cuts all
+        # three alike.
         kernel = self.param("qkv_kernel", normal(a), (D, 3, D), jnp.float32)
         bias = self.param("qkv_bias", nn.initializers.zeros, (3, D), jnp.float32)
-        qkv = add_bias(matmul(x_BLD.astype(a.dtype), kernel.astype(a.dtype).reshape(D, 3 * D)), bias.reshape(-1))
-        q_BLHK, k_BLHK, v_BLHK = (t.reshape(B, L, a.num_heads, a.head_size) for t in jnp.split(qkv, 3, -1))
+        qkv = add_bias(matmul(x_BLD.astype(a.dtype), kernel.astype(a.dtype)), bias)
+        q_BLHK, k_BLHK, v_BLHK = (qkv[:, :, i].reshape(B, L, a.num_heads, a.head_size) for i in range(3))
         if a.positions == "rotary":
             q_BLHK = rotate(q_BLHK, position_ids_BL, a.rotary_theta)
             k_BLHK = rotate(k_BLHK, position_ids_BL, a.rotary_theta)

@@ -60,8 +60,8 @@ class Dense(nn.Module):
 
 
 def matmul(x: Array, kernel: Array) -> Array:
-    """Multiplies the last axis of `x` with a matrix, as one product of matrices."""
-    return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], kernel.shape[-1])
+    """Multiplies the last axis of `x` with the first of `kernel`, as one product of matrices."""
+    return jnp.tensordot(x.reshape(-1, x.shape[-1]), kernel, 1).reshape(*x.shape[:-1], *kernel.shape[1:])
 
 
 def add_bias(x: Array, bias: Array) -> Array:

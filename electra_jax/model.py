@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from electra_jax.attention import Attention
 from electra_jax.config import UserError
 from electra_jax.layers import Architecture, Array, Dense, Dropout, dense, gelu, layer_norm, normal
+from electra_jax.sharding import by_rows
 
 Params = dict[str, Any]
 
@@ -75,7 +76,7 @@ class Embeddings(nn.Module):
         x_BLE = self.word_embeddings(input_ids_BL) + self.token_type_embeddings(token_type_ids_BL)
         if self.arch.positions == "absolute":
             x_BLE += self.position_embeddings(position_ids_BL)
-        return self.dropout(self.norm(x_BLE), deterministic)
+        return self.dropout(self.norm(by_rows(x_BLE)), deterministic)
 
     def table_VE(self) -> Array:
         """The token table, which the masked-language-model head multiplies with."""
@@ -108,10 +109,10 @@ class Layer(nn.Module):
         attend = functools.partial(attention, piece_ids_BL=piece_ids_BL, position_ids_BL=position_ids_BL,
                                    deterministic=self.deterministic)
         if a.norm == "pre":
-            x_BLD = x_BLD + drop(attend(attention_norm(x_BLD)))
-            return x_BLD + drop(ffn(ffn_norm(x_BLD)))
-        x_BLD = attention_norm(x_BLD + drop(attend(x_BLD)))
-        return ffn_norm(x_BLD + drop(ffn(x_BLD)))
+            x_BLD = by_rows(x_BLD + drop(attend(attention_norm(x_BLD))))
+            return by_rows(x_BLD + drop(ffn(ffn_norm(x_BLD))))
+        x_BLD = by_rows(attention_norm(x_BLD + drop(attend(x_BLD))))
+        return by_rows(ffn_norm(x_BLD + drop(ffn(x_BLD))))
 
 
 _REMAT_POLICIES = {

@@ -1,4 +1,4 @@
-"""The mesh, and where each array lives on it: path rules, so that the model knows nothing of devices.
+"""The mesh, and where each array lives on it: path rules, so that the model says no more than `by_rows`.
 
 Axes: `data` holds copies of the parameters, `fsdp` cuts them (and their optimizer state) up,
 `tensor` splits heads and feed-forward layers. The batch is split over `data` and `fsdp`.
@@ -9,7 +9,7 @@ import re
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from electra_jax.config import UserError
 
@@ -95,6 +95,25 @@ def state_shardings(abstract_state, mesh: Mesh):
 def batch_sharding(mesh: Mesh, stacked: bool = False) -> NamedSharding:
     """Rows over `data` and `fsdp`; `stacked` batches have the steps in front, which stay whole."""
     return NamedSharding(mesh, PartitionSpec(None, BATCH_AXES) if stacked else PartitionSpec(BATCH_AXES))
+
+
+def context_mesh() -> AbstractMesh | None:
+    """The mesh that a program is being traced for; None without one, or with one of the caller's own axes."""
+    mesh = jax.sharding.get_abstract_mesh()
+    ours = mesh.axis_names == AXES and all(kind == AxisType.Auto for kind in mesh.axis_types)
+    return mesh if ours else None
+
+
+def by_rows(x: jax.Array) -> jax.Array:
+    """Says that activations [B, ...] are split by rows, as the batch is, and whole in all else; without a mesh nothing.
+
+    Left to itself the compiler takes over the split of the first table it meets, by width under `fsdp`, and then moves
+    activations where it should gather parameters.
+    """
+    mesh = context_mesh()
+    if mesh is None or x.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]) or not isinstance(x, jax.core.Tracer):
+        return x    # outside of jit an array stays where the caller put it
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES))
 
 
 def global_batch(batch: dict[str, np.ndarray], mesh: Mesh, stacked: bool = False) -> dict[str, jax.Array]:

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "electra_jax"
 # What each module may import of the package, besides `config`.
 ALLOWED = {
     "config": set(), "objectives": set(), "optimizer": {"sharding"}, "runtime": set(), "metrics": set(), "show": set(),
-    "layers": set(), "attention": {"layers", "sharding"}, "model": {"attention", "layers"}, "chunks": set(),
+    "layers": set(), "attention": {"layers", "sharding"}, "model": {"attention", "layers", "sharding"}, "chunks": set(),
     "cli": set(), "checkpoint": set(), "sharding": set(),
     "step": {"attention", "chunks", "metrics", "model", "objectives", "optimizer", "sharding"},
     "loop": {"attention", "checkpoint", "metrics", "model", "optimizer", "runtime", "sharding", "show", "step",
@@ -41,6 +41,7 @@ ALLOWED = {
                            "tools.measure.report"},
     "tools.measure.saving": {"checkpoint", "runtime", "sharding", "step", "tools.measure.report"},
     "tools.measure.startup": {"tools.measure.report"},
+    "tools.hlo": set(), "tools.scaling": {"cli", "metrics", "model", "optimizer", "sharding", "step", "tools.hlo"},
     "tools.measure.finetuning": {"metrics", "model", "runtime", "sharding", "data.loader", "tuning.batches",
                                  "tuning.run", "tools.measure.report"},
 }

@@ -4,9 +4,11 @@ import functools
 import logging
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from jax.sharding import AxisType
 
 from electra_jax import config, model, sharding, step
 
@@ -183,6 +185,20 @@ def test_sizes_that_do_not_divide_are_refused_with_their_field(fields, named):
     with pytest.raises(config.UserError) as error:
         build(**fields)
     assert named in str(error.value)
+
+
+def test_activations_are_split_by_rows_on_our_mesh_and_left_alone_elsewhere():
+    x = jnp.ones((4, 3))
+    ours = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 1})
+    assert sharding.by_rows(x) is x
+    with jax.set_mesh(ours):
+        assert sharding.by_rows(x) is x
+        assert jax.jit(sharding.by_rows)(x).sharding.shard_shape(x.shape) == (1, 3)
+        assert jax.jit(sharding.by_rows)(x[:3]).sharding.is_fully_replicated     # rows that do not divide
+    for names, kind in ((("data",), AxisType.Auto), (sharding.AXES, AxisType.Explicit)):
+        theirs = jax.make_mesh((4, 1, 1)[:len(names)], names, axis_types=(kind,) * len(names))
+        with jax.set_mesh(theirs):
+            assert jax.jit(sharding.by_rows)(x).sharding.is_fully_replicated
 
 
 @pytest.mark.parametrize("sizes, mesh", [((-1, 1, 1), (4, 1, 1)), ((1, -1, 2), (1, 2, 2)), ((-1, 2, 2), (1, 2, 2))])

@@ -109,6 +109,8 @@ def test_an_update_equals_adam_with_layer_wise_rates_in_float64(scan, rule, quic
         if not ("norm/" in path or path.endswith("bias")):
             update += 0.01 * p
         expected = p - 0.01 * step.layer_scale(path, 2, 0.8, rule) * update
+        if path.endswith("qkv_bias"):   # a key's bias has no gradient, only rounding, which Adam makes large
+            expected, after[path] = np.delete(expected, 1, -2), np.delete(after[path], 1, -2)
         np.testing.assert_allclose(after[path], expected, atol=2e-6, err_msg=path)
 
 
