@@ -104,7 +104,14 @@ class Watchdog:
         return True
 
     def _watch(self) -> None:
+        before_s = self._clock()
         while not self._stop.wait(self._poll_s):
+            now_s = self._clock()
+            # A process that was suspended (Ctrl-Z, a laptop's lid) slept as this thread did, and does not hang.
+            asleep_s = now_s - before_s - self._poll_s
+            if asleep_s > 10 * self._poll_s and self._last_s < before_s:
+                self._last_s += asleep_s
+            before_s = now_s
             if self.check():
                 return
 

@@ -108,6 +108,17 @@ def test_the_watchdog_thread_ends_a_hanging_process_with_124():
     assert child.returncode == 124 and "the_place_that_hangs" in err
 
 
+def test_the_watchdog_does_not_take_a_suspended_process_for_a_hanging_one():
+    code = ("import time\nfrom electra_jax.runtime import Watchdog\n"
+            "with Watchdog(min_timeout_s=1.0, poll_s=0.05):\n    print('started', flush=True)\n    time.sleep(0.6)")
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"started\n"
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(2.5)
+        process.send_signal(signal.SIGCONT)
+        assert process.wait(30) == 0, process.stderr.read()
+
+
 def test_the_watchdog_leaves_a_living_process_alone_and_stops_with_it():
     exits = []
     with Watchdog(min_timeout_s=0.5, poll_s=0.02, exit=exits.append) as watchdog:
