@@ -10,7 +10,7 @@ import oracle
 import pytest
 import tiny
 
-from electra_jax import config, model
+from electra_jax import config, layers, model
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -253,3 +253,23 @@ def test_each_use_of_dropout_in_each_layer_has_a_mask_of_its_own(scan):
     out = np.asarray(jax.jit(Stack().apply)({"params": params}, x, rngs={"dropout": jax.random.key(1)}))
     shares = [(out == value).mean() for value in (0, 2, 4, 6, 8)]
     np.testing.assert_allclose(shares, np.array([1, 4, 6, 4, 1]) / 16, atol=0.02)
+
+
+def test_layer_norm_and_gelu_have_the_values_and_derivatives_of_float64():
+    rng = np.random.default_rng(0)
+    x, direction = rng.normal(3, 2, (5, 3, 16)), rng.normal(size=(5, 3, 16))
+    scale, bias = rng.normal(1, 0.3, (2, 16))
+    norm = {"scale": scale, "bias": bias}
+    for ours, exact, inputs in (
+            (lambda x, s, b: layers.normalize(x, s, b, 1e-12),
+             lambda x, s, b: oracle.layer_norm(x, {"scale": s, "bias": b}), (x, *norm.values())),
+            (layers.gelu, oracle.gelu, (x - 3,))):
+        y, vjp = jax.vjp(ours, *(jnp.asarray(v, jnp.float32) for v in inputs))
+        np.testing.assert_allclose(y, exact(*inputs), rtol=1e-5, atol=1e-6)
+        for i, gradient in enumerate(vjp(jnp.asarray(direction, jnp.float32))):
+            for index in [(0,) * (inputs[i].ndim - 1) + (j,) for j in range(16)]:    # central differences
+                step = np.zeros_like(inputs[i])
+                step[index] = 1e-5
+                ends = [np.sum(direction * exact(*(v + sign * step if k == i else v for k, v in enumerate(inputs))))
+                        for sign in (1, -1)]
+                np.testing.assert_allclose(gradient[index], (ends[0] - ends[1]) / 2e-5, rtol=1e-4, atol=2e-5)
