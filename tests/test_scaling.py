@@ -1,0 +1,287 @@
+"""Promises: the roofline's arithmetic, collectives are counted in full, and the step sends no more than it must."""
+
+import importlib.util
+import json
+import math
+import sys
+
+import jax
+import pytest
+import tiny
+
+from electra_jax.tools import hlo, scaling
+from electra_jax.tools.scaling import CHIPS, GIB
+
+# --- The roofline ---------------------------------------------------------------------------------
+
+
+def test_a_collective_takes_its_bytes_over_the_links():
+    ring = [(16, 200e9)]
+    assert scaling.collective_s("all-gather", 8e9, ring) == pytest.approx(8 * 15 / 16 / 200)
+    assert scaling.collective_s("reduce-scatter", 8e9, ring) == pytest.approx(8 * 15 / 16 / 200)
+    assert scaling.collective_s("all-reduce", 8e9, ring) == pytest.approx(2 * 8 * 15 / 16 / 200)
+    assert scaling.collective_s("collective-permute", 8e9, ring) == pytest.approx(8 / 200)
+    assert scaling.collective_s("all-reduce", 8e9, [(1, 200e9)]) == 0
+
+
+def test_between_nodes_of_gpus_each_sends_an_eighth():
+    stages = scaling.levels(CHIPS["h100"], (32,), (32,))
+    assert stages == [(8, 450e9), (4, 50e9)]
+    assert scaling.collective_s("all-reduce", 1e9, stages) == pytest.approx(2 * 7 / 8 / 450 + 2 * 3 / 4 / 8 / 50)
+    assert scaling.levels(CHIPS["h100"], (4,), (4,))[0] == (4, 450e9)
+
+
+@pytest.mark.parametrize("name, shape, extents, links", [
+    ("v5e", (4, 4), (4, 4), 2), ("v5e", (16, 16), (16, 16), 4), ("v5e", (8, 16), (8, 16), 3),
+    ("v5e", (1, 1), (1, 1), 0),
+    ("v5e", (16, 16), (1, 16), 2), ("v5e", (16, 16), (1, 8), 1), ("v5p", (2, 2, 1), (2, 2, 1), 2),
+    ("v5p", (4, 4, 4), (4, 4, 4), 6), ("v5p", (2, 4, 4), (2, 4, 4), 3), ("v5p", (4, 4, 8), (1, 4, 8), 4)])
+def test_an_axis_that_wraps_around_has_two_links(name, shape, extents, links):
+    assert scaling.links(CHIPS[name], shape, extents) == links
+
+
+def test_the_step_takes_the_longest_of_what_overlaps_and_all_that_does_not():
+    v5e = CHIPS["v5e"]     # 197 TFLOP/s, 819 GB/s
+    times = scaling.roofline(v5e, 19.7e12, 0.819e9, hidden_s=0.1, exposed_s=0.03, attainable=0.5)
+    assert times["compute_s"] == pytest.approx(0.2) and times["hbm_s"] == pytest.approx(1e-3)
+    assert times["step_s"] == pytest.approx(0.23)
+    assert scaling.roofline(v5e, 0, 819e9, 0.1, 0, 0.5)["step_s"] == pytest.approx(1)
+    assert scaling.roofline(v5e, 0, 0, 0.1, 0, 0.5)["step_s"] == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("name", CHIPS)
+def test_every_chip_has_a_peak(name):
+    assert scaling.peak(CHIPS[name]) > 1e14
+
+
+@pytest.mark.parametrize("dtype, itemsize", [("float32", 4), ("bfloat16", 2)])
+def test_by_formula_data_parallelism_reduces_the_gradients_and_nothing_else(dtype, itemsize):
+    config = tiny.config(data__batch_size=64, model__dtype=dtype)
+    shapes = scaling.parameter_shapes(config)
+    params = itemsize * sum(math.prod(shape) for shape in shapes.values())
+    gradients = params + 4 * math.prod(shapes["embeddings/word_embeddings/embedding"])
+    result = scaling.estimate(config, CHIPS["v5e"], (4, 4), 0.5)
+    assert result["params"] * itemsize == params and result["mesh"] == {"data": 16, "fsdp": 1, "tensor": 1}
+    assert result["exposed_s"] == pytest.approx(2 * 15 / 16 * gradients / (2 * 50e9))
+    config.mesh.update(data=1, fsdp=16)
+    sharded = scaling.estimate(config, CHIPS["v5e"], (4, 4), 0.5)
+    assert sharded["exposed_s"] == pytest.approx(15 / 16 * (gradients + 2 * params) / (2 * 50e9))
+    assert sharded["peak_bytes"] < result["peak_bytes"]
+
+
+def test_weak_scaling_keeps_the_work_of_a_chip_and_strong_scaling_that_of_the_step():
+    config = tiny.config(data__batch_size=64)
+    results = list(scaling.curves(config, "v5e", 8, 0.5))
+    weak, strong = ([r for r in results if r["what"] == what] for what in ("weak", "strong"))
+    assert [r["chips"] for r in weak] == [1, 4, 8, 16, 32, 64, 128, 256] and len({r["compute_ms"] for r in weak}) == 1
+    assert [r["chips"] for r in strong] == [1, 4, 8, 16, 32, 64]    # 64 rows do not divide over more
+    assert {r["batch_size"] for r in strong} == {64} and {r["rows_per_chip"] for r in weak} == {8}
+    assert config.data.batch_size == 64
+
+
+def test_the_largest_model_grows_with_the_slice_and_fits(monkeypatch):
+    monkeypatch.setattr(scaling, "FAMILY", ((12, 768), (24, 1024), (48, 4096), (64, 5120)))
+    found = []
+    for shape in ((1, 1), (16, 16)):
+        config = tiny.config(data__batch_size=1024, data__seq_len=32, model__vocab_size=30_522, model__dtype="bfloat16")
+        found.append(scaling.largest(config, "v5e", shape, 0.5))
+        assert found[-1]["peak_gib"] < found[-1]["hbm_gib"] == CHIPS["v5e"].hbm_bytes / GIB
+    assert found[0]["params"] < found[1]["params"] and found[1]["mesh"]["fsdp"] > 1
+
+
+# --- Reading programs -----------------------------------------------------------------------------
+
+PROGRAM = """
+HloModule m, is_scheduled=true, input_output_alias={ {0}: (0, {}, may-alias) }, entry_computation_layout={}
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[]{:T(128)} parameter(0)
+  ROOT %sum = f32[] add(%a, %a)
+}
+
+%body (p: (s32[], f32[6,8])) -> (s32[], f32[6,8]) {
+  %p = (s32[]{:T(128)}, f32[6,8]{1,0}) parameter(0)
+  %stack = f32[6,8]{1,0:T(8,128)} get-tuple-element(%p), index=1
+  %slice = f32[8]{0:T(128)} fusion(%stack), kind=kLoop, calls=%add
+  %fast = f32[8]{0:T(128)S(1)} negate(%slice)
+  %reduced = (bf16[3,4]{1,0}, f32[2]{0}) all-reduce(%slice, %slice), replica_groups=[2,4]<=[4,2]T(1,0), to_apply=%add
+  ROOT %t = (s32[], f32[6,8]) tuple(%p, %stack)
+}
+
+%condition (p: (s32[], f32[6,8])) -> pred[] {
+  %p = (s32[], f32[6,8]) parameter(0)
+  %limit = s32[]{:T(128)} constant(6)
+  ROOT %less = pred[] compare(%limit, %limit), direction=LT
+}
+
+ENTRY %main (x: f32[100]) -> f32[100] {
+  %x = f32[100]{0:T(256)} parameter(0)
+  %loop = (s32[], f32[6,8]) while(%x), condition=%condition, body=%body
+  %start = (f32[10]{0}, f32[80]{0}) all-gather-start(%x), replica_groups={}, dimensions={0}
+  %done = f32[80]{0} all-gather-done(%start)
+  %scatter = f32[25]{0} reduce-scatter(%x), replica_groups={{0,2,4,6},{1,3,5,7}}, metadata={op_name="step/loss"}
+  ROOT %moved = f32[100]{0} collective-permute(%x), source_target_pairs={{0,1},{1,0}}
+}
+"""
+
+
+def test_collectives_in_a_loop_count_as_often_as_it_turns():
+    found = {c.kind: c for c in hlo.collectives(PROGRAM, 8)}
+    reduced = found["all-reduce"]
+    assert (reduced.times, reduced.payload, reduced.dtype, reduced.group) == (6, 32, "bf16", (0, 2, 4, 6))
+    known = PROGRAM.replace("body=%body", 'body=%body, backend_config={"known_trip_count":{"n":"12"}}')
+    assert {c.times for c in hlo.collectives(known, 8)} == {1, 12}
+
+
+def test_a_loop_that_counts_by_two_turns_half_as_often():
+    by_two = PROGRAM.replace("%p = (s32[]{:T(128)}, f32[6,8]{1,0}) parameter(0)", """%p = (s32[], f32[6,8]) parameter(0)
+  %two = s32[] constant(2)
+  %i = s32[]{:T(128)} get-tuple-element(%p), index=0
+  %next = s32[]{:T(128)} add(%i, %two)""").replace("tuple(%p, %stack)", "tuple(%next, %stack)").replace(
+        "%limit = s32[]{:T(128)} constant(6)",
+        "%i = s32[] get-tuple-element(%p), index=0\n  %limit = s32[] constant(6)")
+    assert {c.times for c in hlo.collectives(by_two, 8)} == {1, 3}
+
+
+def test_pieces_of_a_collective_run_beside_other_work_are_one():
+    piece = "%{} = f32[64]{{0}} all-gather(%x), channel_id={}, replica_groups={{}}, frontend_attributes={{{}}}\n"
+    chain, plain = 'chain_id="0"', ""
+    for attribute, count in ((chain, 1), (plain, 2)):
+        program = PROGRAM.replace("  %fast", "  " + piece.format("a", 7, attribute) + "  %fast").replace(
+            "  %start", "  " + piece.format("b", 7, attribute) + "  %start")
+        found = [c for c in hlo.collectives(program, 8) if c.payload == 256]
+        assert len(found) == count and min(c.times for c in found) == 1
+        assert all(c.hidden == (attribute == chain) for c in found)
+
+
+def test_a_collective_counts_the_whole_array_in_its_group():
+    found = {c.kind: c for c in hlo.collectives(PROGRAM, 8)}
+    assert found["reduce-scatter"].payload == 400 and found["reduce-scatter"].group == (0, 2, 4, 6)
+    assert found["reduce-scatter"].source == "step/loss"
+    assert found["collective-permute"].payload == 400 and found["collective-permute"].group == (0, 1)
+    gather = found["all-gather"]
+    assert (gather.payload, gather.group, gather.hidden) == (320, tuple(range(8)), True)
+    assert not any(c.hidden for c in found.values() if c is not gather)
+
+
+def test_traffic_counts_slices_of_what_a_loop_steps_through_and_leaves_vector_memory_out():
+    loop = (32 + 32) + 32 + (24 + 8 + 2 * 32)      # slice, what is negated into vector memory, all-reduce
+    entry = 40 + (100 + 400) + (400 + 400)
+    assert hlo.traffic(PROGRAM) == 6 * loop + entry
+
+
+def test_a_loop_in_a_loop_steps_through_its_own_arrays():
+    outer = """%microbatches (q: (s32[], f32[100])) -> (s32[], f32[100]) {
+  %q = (s32[], f32[100]) parameter(0)
+  %inner = (s32[], f32[6,8]) while(%q), condition=%condition, body=%body
+  ROOT %out = (s32[], f32[100]) tuple(%inner)
+}
+
+ENTRY"""
+    nested = PROGRAM.replace("ENTRY", outer).replace(
+        "%loop = (s32[], f32[6,8]) while(%x), condition=%condition, body=%body",
+        '%loop = (s32[], f32[100]) while(%x), body=%microbatches, backend_config={"known_trip_count":{"n":"4"}}')
+    entry = 40 + (100 + 400) + (400 + 400)
+    assert hlo.traffic(nested) - entry == 4 * (hlo.traffic(PROGRAM) - entry)
+    assert {c.times for c in hlo.collectives(nested, 8)} == {1, 24}
+
+
+@pytest.fixture(scope="module")
+def compiled(quick_compile):
+    """By mesh: what the program of a one-layer model says, compiled for four fake CPU devices."""
+    results = {}
+    for axis in ("data", "fsdp", "tensor"):
+        config = tiny.config(data__batch_size=BATCH, model__num_layers=1, model__generator_size=1.0)
+        config.mesh.update({"data": 1, "fsdp": 1, "tensor": 1} | {axis: 4})
+        results[axis] = scaling.compile_step(config, jax.devices()[:4])
+    return {path: 4 * math.prod(shape) for path, shape in scaling.parameter_shapes(config).items()}, results
+
+
+BATCH = 64
+# What a layer hands on: rows x length x width in float32.
+ACTIVATIONS = BATCH * 24 * 16 * 4
+
+
+def moved(result, *kinds):
+    """Bytes of the collectives of these kinds in a step."""
+    return sum(c.times * c.payload for c in result["collectives"] if c.kind in kinds)
+
+
+def test_data_parallelism_reduces_each_gradient_and_the_sums_and_moves_no_activations(compiled):
+    size, results = compiled
+    reduced = moved(results["data"], "all-reduce")
+    sums = 4 * 2 * 2048        # the histograms of the AUC; besides, a few scalars
+    # Both networks use the embeddings, and the head the token table again: a compiler may add up their parts after
+    # each was reduced.
+    again = sum(n for path, n in size.items() if path.startswith("embeddings/")) + size[
+        "embeddings/word_embeddings/embedding"]
+    assert sum(size.values()) <= reduced - sums <= sum(size.values()) + again + 100
+    assert moved(results["data"], "all-gather", "all-to-all", "collective-permute", "reduce-scatter") < ACTIVATIONS
+
+
+def test_fsdp_moves_parameters_and_gradients_and_of_the_activations_only_what_was_looked_up(compiled):
+    size, results = compiled
+    cut = sum(n for path, n in size.items() if path.endswith(("kernel", "word_embeddings/embedding")))
+    gathered = moved(results["fsdp"], "all-gather")
+    assert sum(n for path, n in size.items() if "ffn" in path and "kernel" in path) < gathered < 2 * cut + ACTIVATIONS
+    # Each network looks up tokens in a table cut by width, half as wide as a layer: forward and backward.
+    assert moved(results["fsdp"], "all-to-all") <= 4 * ACTIVATIONS / 2 + 100
+    assert moved(results["fsdp"], "all-reduce", "reduce-scatter") < 2 * sum(size.values()) + 4 * 2 * 2048
+    assert moved(results["fsdp"], "collective-permute") == 0
+    assert results["fsdp"]["state_bytes"] < 0.5 * results["data"]["state_bytes"]
+
+
+def test_tensor_parallelism_reduces_activations_after_attention_and_feed_forward_and_moves_no_others(compiled):
+    size, results = compiled
+    reduced = moved(results["tensor"], "all-reduce")
+    layers = 2 * 2 * 2 * ACTIVATIONS      # both networks, forward and backward, two products each
+    lookups = 2 * 2 * ACTIVATIONS / 2 * 2
+    assert layers <= reduced <= layers + lookups + 2 * sum(size.values()) + 4 * 2 * 2048
+    assert moved(results["tensor"], "all-to-all") == 0
+    assert moved(results["tensor"], "all-gather", "collective-permute", "reduce-scatter") < ACTIVATIONS
+
+
+def test_the_donated_state_is_aliased_on_every_mesh(compiled):
+    for result in compiled[1].values():
+        assert result["state_aliased"] and result["alias_bytes"] >= result["state_bytes"]
+
+
+# --- The command line -----------------------------------------------------------------------------
+
+
+def command(monkeypatch, capsys, *arguments):
+    monkeypatch.setattr(sys, "argv", ["scaling", "--config=configs/small.py", *arguments])
+    code = scaling.main()
+    return code, *capsys.readouterr()
+
+
+def test_without_libtpu_one_line_says_how_to_get_it(monkeypatch, capsys):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "libtpu" else find(name))
+    code, out, error = command(monkeypatch, capsys, "--topology=v5e:4x4")
+    assert code == 2 and not out and error.count("\n") == 1 and "pip install libtpu" in error
+
+
+@pytest.mark.parametrize("topology", ["v9:4x4", "v5e", "v5e:4x4x4", "h100:2x4", "v5e:4y4"])
+def test_a_topology_that_is_none_is_refused_in_one_line(monkeypatch, capsys, topology):
+    code, out, error = command(monkeypatch, capsys, f"--topology={topology}")
+    assert code == 2 and not out and error.count("\n") == 1 and f"--topology={topology}" in error
+
+
+def test_results_are_lines_of_json_or_a_table(monkeypatch, capsys):
+    code, out, _ = command(monkeypatch, capsys, "--topology=h100:8,h100:16", "--rows-per-chip=64")
+    first, second = map(json.loads, out.splitlines())
+    assert code == 0 and (first["chips"], second["chips"]) == (8, 16) and first["batch_size"] == 512
+    assert first["params"] == 14_196_219 and first["compute_ms"] == second["compute_ms"]
+    assert first["exposed_ms"] < second["exposed_ms"]      # over the network
+    code, out, _ = command(monkeypatch, capsys, "--topology=h100:8", "--rows-per-chip=64", "--markdown")
+    head, rule, row = out.splitlines()
+    assert head.count("|") == rule.count("|") == row.count("|") and "| h100:8 |" in row
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+def test_the_step_compiles_for_a_tpu_slice():
+    config = tiny.config(model__num_layers=1, model__dtype="bfloat16")
+    result = scaling.compile_report(config, "v5e:2x2", 0.5)
+    assert result["fits"] and result["state_aliased"] and result["chips"] == 4
+    assert result["peak_gib"] < result["hbm_gib"] and result["collectives"]["all-reduce"]["count"] > 0
