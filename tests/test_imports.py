@@ -41,7 +41,8 @@ ALLOWED = {
                            "tools.measure.report"},
     "tools.measure.saving": {"checkpoint", "runtime", "sharding", "step", "tools.measure.report"},
     "tools.measure.startup": {"tools.measure.report"},
-    "tools.hlo": set(), "tools.scaling": {"cli", "metrics", "model", "optimizer", "sharding", "step", "tools.hlo"},
+    "tools.hlo": set(), "tools.roofline": {"metrics"},
+    "tools.scaling": {"cli", "model", "sharding", "step", "tools.hlo", "tools.roofline"},
     "tools.measure.finetuning": {"metrics", "model", "runtime", "sharding", "data.loader", "tuning.batches",
                                  "tuning.run", "tools.measure.report"},
 }

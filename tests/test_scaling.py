@@ -9,26 +9,26 @@ import jax
 import pytest
 import tiny
 
-from electra_jax.tools import hlo, scaling
-from electra_jax.tools.scaling import CHIPS, GIB
+from electra_jax.tools import hlo, roofline, scaling
+from electra_jax.tools.roofline import CHIPS, GIB
 
 # --- The roofline ---------------------------------------------------------------------------------
 
 
 def test_a_collective_takes_its_bytes_over_the_links():
     ring = [(16, 200e9)]
-    assert scaling.collective_s("all-gather", 8e9, ring) == pytest.approx(8 * 15 / 16 / 200)
-    assert scaling.collective_s("reduce-scatter", 8e9, ring) == pytest.approx(8 * 15 / 16 / 200)
-    assert scaling.collective_s("all-reduce", 8e9, ring) == pytest.approx(2 * 8 * 15 / 16 / 200)
-    assert scaling.collective_s("collective-permute", 8e9, ring) == pytest.approx(8 / 200)
-    assert scaling.collective_s("all-reduce", 8e9, [(1, 200e9)]) == 0
+    assert roofline.collective_s("all-gather", 8e9, ring) == pytest.approx(8 * 15 / 16 / 200)
+    assert roofline.collective_s("reduce-scatter", 8e9, ring) == pytest.approx(8 * 15 / 16 / 200)
+    assert roofline.collective_s("all-reduce", 8e9, ring) == pytest.approx(2 * 8 * 15 / 16 / 200)
+    assert roofline.collective_s("collective-permute", 8e9, ring) == pytest.approx(8 / 200)
+    assert roofline.collective_s("all-reduce", 8e9, [(1, 200e9)]) == 0
 
 
 def test_between_nodes_of_gpus_each_sends_an_eighth():
-    stages = scaling.levels(CHIPS["h100"], (32,), (32,))
+    stages = roofline.levels(CHIPS["h100"], (32,), (32,))
     assert stages == [(8, 450e9), (4, 50e9)]
-    assert scaling.collective_s("all-reduce", 1e9, stages) == pytest.approx(2 * 7 / 8 / 450 + 2 * 3 / 4 / 8 / 50)
-    assert scaling.levels(CHIPS["h100"], (4,), (4,))[0] == (4, 450e9)
+    assert roofline.collective_s("all-reduce", 1e9, stages) == pytest.approx(2 * 7 / 8 / 450 + 2 * 3 / 4 / 8 / 50)
+    assert roofline.levels(CHIPS["h100"], (4,), (4,))[0] == (4, 450e9)
 
 
 @pytest.mark.parametrize("name, shape, extents, links", [
@@ -37,21 +37,21 @@ def test_between_nodes_of_gpus_each_sends_an_eighth():
     ("v5e", (16, 16), (1, 16), 2), ("v5e", (16, 16), (1, 8), 1), ("v5p", (2, 2, 1), (2, 2, 1), 2),
     ("v5p", (4, 4, 4), (4, 4, 4), 6), ("v5p", (2, 4, 4), (2, 4, 4), 3), ("v5p", (4, 4, 8), (1, 4, 8), 4)])
 def test_an_axis_that_wraps_around_has_two_links(name, shape, extents, links):
-    assert scaling.links(CHIPS[name], shape, extents) == links
+    assert roofline.links(CHIPS[name], shape, extents) == links
 
 
 def test_the_step_takes_the_longest_of_what_overlaps_and_all_that_does_not():
     v5e = CHIPS["v5e"]     # 197 TFLOP/s, 819 GB/s
-    times = scaling.roofline(v5e, 19.7e12, 0.819e9, hidden_s=0.1, exposed_s=0.03, attainable=0.5)
+    times = roofline.roofline(v5e, 19.7e12, 0.819e9, hidden_s=0.1, exposed_s=0.03, attainable=0.5)
     assert times["compute_s"] == pytest.approx(0.2) and times["hbm_s"] == pytest.approx(1e-3)
     assert times["step_s"] == pytest.approx(0.23)
-    assert scaling.roofline(v5e, 0, 819e9, 0.1, 0, 0.5)["step_s"] == pytest.approx(1)
-    assert scaling.roofline(v5e, 0, 0, 0.1, 0, 0.5)["step_s"] == pytest.approx(0.1)
+    assert roofline.roofline(v5e, 0, 819e9, 0.1, 0, 0.5)["step_s"] == pytest.approx(1)
+    assert roofline.roofline(v5e, 0, 0, 0.1, 0, 0.5)["step_s"] == pytest.approx(0.1)
 
 
 @pytest.mark.parametrize("name", CHIPS)
 def test_every_chip_has_a_peak(name):
-    assert scaling.peak(CHIPS[name]) > 1e14
+    assert roofline.peak(CHIPS[name]) > 1e14
 
 
 @pytest.mark.parametrize("dtype, itemsize", [("float32", 4), ("bfloat16", 2)])
