@@ -75,5 +75,6 @@ if __name__ == "__main__":
         print(__doc__)
         sys.exit()
     if sys.argv[1:2] and sys.argv[1] in ("predict", "export"):
+        cli.use_huge_pages()
         sys.exit(cli.exit_code(lambda: serve(sys.argv[1:])))
     sys.exit(cli.run_main(main, config_lib.validate))

@@ -40,7 +40,7 @@ ALLOWED = {
     "tools.measure.data": {"loop", "data.prepare", "data.sources", "data.store", "data.tokenizer", "data.workers",
                            "tools.measure.report"},
     "tools.measure.saving": {"checkpoint", "runtime", "sharding", "step", "tools.measure.report"},
-    "tools.measure.startup": {"tools.measure.report"},
+    "tools.measure.startup": {"cli", "tools.measure.report"},
     "tools.hlo": set(), "tools.roofline": {"metrics"},
     "tools.scaling": {"cli", "model", "sharding", "step", "tools.hlo", "tools.roofline"},
     "tools.measure.finetuning": {"metrics", "model", "runtime", "sharding", "data.loader", "tuning.batches",

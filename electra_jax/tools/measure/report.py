@@ -15,11 +15,14 @@ import electra_jax
 
 # A vocabulary as large as BERT's, for configs that take their size from a tokenizer.
 VOCAB_SIZE = 30_522
+_FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "GLIBC_TUNABLES")
 _GROUP_S = 0.02   # short calls are timed by groups of about that: dispatching one takes 0.05 ms
 
 
 def about(what: str, *libraries: str) -> dict[str, Any]:
-    """Returns the fields that every result begins with: what, versions (those of `libraries` too), machine, cores."""
+    """Returns the fields that every result begins with: what, versions (those of `libraries` too), machine,
+    cores, flags (the environment's that change a program's speed).
+    """
     versions = {"electra_jax": electra_jax.__version__, "python": platform.python_version()}
     for name in libraries:
         try:
@@ -27,7 +30,8 @@ def about(what: str, *libraries: str) -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             versions[name] = "unknown"
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return {"what": what, "versions": versions, "machine": _machine(), "cores": cores}
+    return {"what": what, "versions": versions, "machine": _machine(), "cores": cores,
+            "flags": {name: os.environ[name] for name in _FLAGS if name in os.environ}}
 
 
 def of_devices(devices: Iterable) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Times what a user waits for: from the command to the first step, and imports, each in a process of its own."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -9,6 +10,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from electra_jax import cli
 from electra_jax.config import UserError
 from electra_jax.tools.measure import report
 
@@ -71,8 +73,9 @@ def _start(arguments: list[str]) -> dict[str, float]:
     """Starts a training, kills it after its first step and returns the seconds until each mark."""
     start, times = time.perf_counter(), {}
     command = [sys.executable, "-u", "-m", "electra_jax.train", *arguments]
-    with (tempfile.TemporaryFile("w+") as errors,
-          subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as process):
+    typed = {name: value for name, value in os.environ.items() if (name, value) not in cli.HUGE_PAGES.items()}
+    with (tempfile.TemporaryFile("w+") as errors,    # it finds its huge pages itself, as after a user's command
+          subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=typed) as process):
         for line in process.stdout:
             for name, pattern in _MARKS:
                 if name not in times and pattern.match(line):
