@@ -9,12 +9,10 @@ import base64
 import concurrent.futures
 import importlib.metadata
 import json
-import logging
 import os
 import platform
 import sys
 import time
-import warnings
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -25,6 +23,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
+from electra_jax import runtime
 from electra_jax.config import UserError
 
 PyTree = Any
@@ -50,42 +49,6 @@ def _sync(name: str) -> None:
 def _one_line(error: BaseException) -> str:
     lines = str(error).splitlines() or [""]
     return f"{type(error).__name__}: {lines[0]}"[:200]
-
-
-def _hide_orbax_noise() -> None:
-    """Hides what Orbax tells about a failure besides raising it: we tell each in one line.
-
-    That is log records with tracebacks, "Event loop is closed" from writes that outlive their event loop, and
-    coroutines that are dropped half way. Verbose logging (absl at INFO) shows the records.
-    """
-    logging.getLogger("absl").addFilter(_is_not_orbax)   # adding it twice adds it once
-    logging.getLogger("asyncio").addFilter(_is_retrieved)
-    warnings.filterwarnings("ignore", message="coroutine '_read_array_index_and_device_put' was never awaited")
-    previous = sys.unraisablehook
-    if getattr(previous, "hides_orbax", False):
-        return
-
-    def hook(unraisable: Any) -> None:
-        code = getattr(unraisable.object, "cr_code", None)
-        of_orbax = code is not None and _is_orbax_file(code.co_filename)
-        if not of_orbax and str(unraisable.exc_value) != "Event loop is closed":
-            previous(unraisable)
-
-    hook.hides_orbax = True
-    sys.unraisablehook = hook
-
-
-def _is_orbax_file(path: str) -> bool:
-    return f"{os.sep}orbax{os.sep}" in path
-
-
-def _is_not_orbax(record: logging.LogRecord) -> bool:
-    return not _is_orbax_file(record.pathname) or logging.getLogger("absl").getEffectiveLevel() <= logging.INFO
-
-
-def _is_retrieved(record: logging.LogRecord) -> bool:
-    # Of the arrays of a failed save the first error is raised; asyncio traces the others.
-    return "exception was never retrieved" not in record.getMessage()
 
 
 # --- Leaves: path, shape, dtype and CRC32 -------------------------------------------------------
@@ -218,7 +181,7 @@ class Checkpointer:
 
         Keeps the `keep` newest steps. `every_steps` and `every_minutes` set `should_save`; 0 switches one off.
         """
-        _hide_orbax_noise()
+        runtime.quiet_orbax()
         self.directory = _absolute(directory)
         self._every_steps, self._every_s, self._clock = every_steps, 60 * every_minutes, clock
         self._last_save_s = clock()
@@ -406,7 +369,7 @@ def load_state(path: str | os.PathLike, abstract_state: PyTree) -> tuple[PyTree,
 
 def _load_newest(path: str | os.PathLike, load: Callable) -> tuple[PyTree, dict[str, Any]]:
     """Calls `load(reader, folder, table of leaves)` on the newest step first; returns its tree, verified, and items."""
-    _hide_orbax_noise()
+    runtime.quiet_orbax()
     root = _absolute(path)
     folders = [root / "checkpoints"] if (root / "checkpoints").is_dir() else [root]
     folders = [folders[0] / str(s) for s in reversed(_steps(folders[0]))]

@@ -200,6 +200,42 @@ def quiet_logging() -> None:
     warnings.filterwarnings("ignore", message="Some donated buffers were not usable")
 
 
+def quiet_orbax() -> None:
+    """Hides what Orbax tells about a failure besides raising it: checkpoint.py tells each in one line.
+
+    That is log records with tracebacks, "Event loop is closed" from writes that outlive their event loop, and
+    coroutines that are dropped half way. Verbose logging (absl at INFO) shows the records.
+    """
+    logging.getLogger("absl").addFilter(_is_not_orbax)   # adding it twice adds it once
+    logging.getLogger("asyncio").addFilter(_is_retrieved)
+    warnings.filterwarnings("ignore", message="coroutine '_read_array_index_and_device_put' was never awaited")
+    previous = sys.unraisablehook
+    if getattr(previous, "hides_orbax", False):
+        return
+
+    def hook(unraisable: Any) -> None:
+        code = getattr(unraisable.object, "cr_code", None)
+        of_orbax = code is not None and _is_orbax_file(code.co_filename)
+        if not of_orbax and str(unraisable.exc_value) != "Event loop is closed":
+            previous(unraisable)
+
+    hook.hides_orbax = True
+    sys.unraisablehook = hook
+
+
+def _is_orbax_file(path: str) -> bool:
+    return f"{os.sep}orbax{os.sep}" in path
+
+
+def _is_not_orbax(record: logging.LogRecord) -> bool:
+    return not _is_orbax_file(record.pathname) or logging.getLogger("absl").getEffectiveLevel() <= logging.INFO
+
+
+def _is_retrieved(record: logging.LogRecord) -> bool:
+    # Of the arrays of a failed save the first error is raised; asyncio traces the others.
+    return "exception was never retrieved" not in record.getMessage()
+
+
 # --- Several hosts ------------------------------------------------------------------------------
 
 def _several_hosts(environment: dict[str, str]) -> bool:

@@ -18,7 +18,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from electra_jax import checkpoint
+from electra_jax import checkpoint, runtime
 from electra_jax.checkpoint import Checkpointer, load_params
 from electra_jax.config import UserError
 
@@ -336,7 +336,7 @@ def test_a_step_that_vanishes_before_it_is_committed_can_be_saved_again(tmp_path
 def test_only_known_noise_of_orbax_is_hidden(monkeypatch):
     seen = []
     monkeypatch.setattr(sys, "unraisablehook", seen.append)
-    checkpoint._hide_orbax_noise()
+    runtime.quiet_orbax()
     for text in ("Event loop is closed", "real trouble"):
         sys.unraisablehook(types.SimpleNamespace(object=None, exc_value=RuntimeError(text)))
     assert [str(u.exc_value) for u in seen] == ["real trouble"]

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "electra_jax"
 ALLOWED = {
     "config": set(), "objectives": set(), "optimizer": {"sharding"}, "runtime": set(), "metrics": set(), "show": set(),
     "layers": set(), "attention": {"layers", "sharding"}, "model": {"attention", "layers", "sharding"}, "chunks": set(),
-    "cli": set(), "checkpoint": set(), "sharding": set(),
+    "cli": set(), "checkpoint": {"runtime"}, "sharding": set(),
     "step": {"attention", "chunks", "metrics", "model", "objectives", "optimizer", "sharding"},
     "loop": {"attention", "checkpoint", "metrics", "model", "optimizer", "runtime", "sharding", "show", "step",
              "data.loader"},

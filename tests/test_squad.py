@@ -12,7 +12,7 @@ import pytest
 from electra_jax.config import UserError
 from electra_jax.data.tokenizer import load_tokenizer, train_sentencepiece
 from electra_jax.tasks import squad
-from electra_jax.tasks.squad import best_threshold, f1_score, normalise
+from electra_jax.tasks.scores import answer_f1, best_threshold, normalise_answer
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 LETTERS = string.ascii_lowercase + string.digits
@@ -73,11 +73,11 @@ def outputs_of(task, split, spans, odds=None, joint=False):
 
 
 def test_normalisation_f1_and_exact_match_are_the_official_ones(tokenizer, tmp_path):
-    assert normalise("The  Cat's, an\tA-b!") == "cats ab"
-    assert normalise("a.an.the") == "aanthe" and normalise("theatre A") == "theatre"
-    assert f1_score("the cat sat", "cat sat down") == pytest.approx(0.8)     # 2/2 precise, 2/3 recalled
-    assert f1_score("cat cat", "cat") == pytest.approx(2 / 3)
-    assert f1_score("dog", "cat") == 0 and f1_score("", "the") == 1 and f1_score("dog", "") == 0
+    assert normalise_answer("The  Cat's, an\tA-b!") == "cats ab"
+    assert normalise_answer("a.an.the") == "aanthe" and normalise_answer("theatre A") == "theatre"
+    assert answer_f1("the cat sat", "cat sat down") == pytest.approx(0.8)     # 2/2 precise, 2/3 recalled
+    assert answer_f1("cat cat", "cat") == pytest.approx(2 / 3)
+    assert answer_f1("dog", "cat") == 0 and answer_f1("", "the") == 1 and answer_f1("dog", "") == 0
     answers = ["notes in 1843", "The café of Zoë"]
     for version, text, expected in [("v1.1", "café of Zoë.", (1, 1)), ("v1.1", "notes", (0, 0.5)),
                                     ("v1.1", "in 1843. The café", (0, 2 / 3)), ("v1.1", "", (0, 0))]:

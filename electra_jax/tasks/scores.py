@@ -1,9 +1,13 @@
-"""Scores of classes and of numbers as GLUE computes them, in percent; 0 where one is not defined, without a warning.
+"""Scores of classes and of numbers as GLUE computes them, and of answers as SQuAD does.
 
-Every function takes the true and the predicted values [N]: class numbers, or real numbers for the correlations.
+Those of GLUE are in percent, and 0 where one is not defined, without a warning. They take the true and the predicted
+values [N]: class numbers, or real numbers for the correlations.
 scikit-learn and SciPy are imported where they are used: the import takes a second or two.
 """
 
+import collections
+import re
+import string
 import warnings
 from collections.abc import Callable, Sequence
 
@@ -60,3 +64,33 @@ def _percent(function, true, predicted, **options) -> float:
         warnings.simplefilter("ignore")    # both libraries warn of one class, or of nearly constant numbers
         value = float(function(true, predicted, **options))
     return 100.0 * value if np.isfinite(value) else 0.0
+
+
+# --- Answers in words: strings, 0..1 ------------------------------------------------------------
+
+def normalise_answer(text: str) -> str:
+    """Returns `text` as the official scripts compare it: lower case, no punctuation, no articles, single spaces."""
+    text = "".join(letter for letter in text.lower() if letter not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+def answer_f1(prediction: str, gold: str) -> float:
+    """Returns the F1 of the bags of words, 0..1, as evaluate-v2.0.py: two empty ones agree."""
+    ours, theirs = normalise_answer(prediction).split(), normalise_answer(gold).split()
+    if not ours or not theirs:
+        return float(ours == theirs)
+    common = (collections.Counter(ours) & collections.Counter(theirs)).total()
+    return 2 * common / (len(ours) + len(theirs))
+
+
+def best_threshold(answered: np.ndarray, empty: np.ndarray, odds: np.ndarray) -> tuple[float, float]:
+    """Returns the best mean over all thresholds, and the lowest threshold that gives it.
+
+    A question with null odds above the threshold scores `empty`, the others `answered`; all [questions]. Exact also
+    where odds are equal: the official search then counts questions on both sides of the same threshold.
+    """
+    values, group = np.unique(odds, return_inverse=True)
+    gain = np.bincount(group, weights=answered - empty)
+    totals = empty.sum() + np.concatenate([[0.0], np.cumsum(gain)])
+    best = int(np.argmax(totals))
+    return float(totals[best] / len(odds)), float(values[best - 1] if best else values[0] - 1)

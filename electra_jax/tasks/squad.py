@@ -3,8 +3,6 @@
 import collections
 import dataclasses
 import json
-import re
-import string
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from electra_jax.config import UserError
 from electra_jax.data.tokenizer import Tokenizer
 from electra_jax.tasks.base import Feature, Outputs, Task, read_text
+from electra_jax.tasks.scores import answer_f1, best_threshold, normalise_answer
 
 _DEFAULTS = {
     "version": "v1.1",         # "v1.1", or "v2.0": some questions have no answer
@@ -142,7 +141,7 @@ class SquadTask(Task):
                 raise UserError(f"{where}: the answer of question {qa['id']} (answer_start {start}, {len(text)} "
                                 f"characters) is not in its context of {len(context.text)}: correct it.")
             span = _tokens_of(context, start, start + len(text))
-            self.inexact[split] += span is None or normalise(_text(context, *span)) != normalise(text)
+            self.inexact[split] += span is None or normalise_answer(_text(context, *span)) != normalise_answer(text)
         return _Question(str(qa["id"]), self._query(qa["question"]), context,
                          () if impossible else tuple(_clean(a["text"]) for a in answers), span, impossible,
                          impossible or bool(answers))
@@ -283,10 +282,11 @@ class SquadTask(Task):
         """Returns exact match and F1 against the gold answer that suits best."""
         gold = question.answers
         if self._v2:    # as evaluate-v2.0.py: answers of nothing but articles and punctuation do not count
-            gold = [answer for answer in gold if normalise(answer)] or [""]
-        f1 = max(f1_score(text, answer) for answer in gold)
+            gold = [answer for answer in gold if normalise_answer(answer)] or [""]
+        answer = normalise_answer(text)
+        f1 = max(answer_f1(text, each) for each in gold)
         # evaluate-v1.1.py gives an empty prediction no F1, whatever the answer.
-        return float(max(normalise(text) == normalise(a) for a in gold)), f1 if self._v2 or normalise(text) else 0.0
+        return float(any(answer == normalise_answer(each) for each in gold)), f1 if self._v2 or answer else 0.0
 
     def write_predictions(self, split: str, outputs: Sequence[Outputs], folder: Path) -> None:
         """Writes predictions-SPLIT.json {id: text, "" for no answer}, nbest-SPLIT.json, in v2.0 null_odds-SPLIT.json.
@@ -371,34 +371,6 @@ def from_config(config: Mapping[str, Any], tokenizer: Tokenizer, seq_len: int) -
 def restore(spec: Mapping[str, Any], tokenizer: Tokenizer) -> SquadTask:
     """Returns a task without data from `SquadTask.spec()`."""
     return SquadTask(tokenizer, spec["seq_len"], {name: spec[name] for name in _DEFAULTS})
-
-
-def normalise(text: str) -> str:
-    """Returns `text` as the official scripts compare it: lower case, no punctuation, no articles, single spaces."""
-    text = "".join(letter for letter in text.lower() if letter not in string.punctuation)
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
-
-
-def f1_score(prediction: str, gold: str) -> float:
-    """Returns the F1 of the bags of words, 0..1, as evaluate-v2.0.py: two empty ones agree."""
-    ours, theirs = normalise(prediction).split(), normalise(gold).split()
-    if not ours or not theirs:
-        return float(ours == theirs)
-    common = (collections.Counter(ours) & collections.Counter(theirs)).total()
-    return 2 * common / (len(ours) + len(theirs))
-
-
-def best_threshold(answered: np.ndarray, empty: np.ndarray, odds: np.ndarray) -> tuple[float, float]:
-    """Returns the best mean over all thresholds, and the lowest threshold that gives it.
-
-    A question with null odds above the threshold scores `empty`, the others `answered`; all [questions]. Exact also
-    where odds are equal: the official search then counts questions on both sides of the same threshold.
-    """
-    values, group = np.unique(odds, return_inverse=True)
-    gain = np.bincount(group, weights=answered - empty)
-    totals = empty.sum() + np.concatenate([[0.0], np.cumsum(gain)])
-    best = int(np.argmax(totals))
-    return float(totals[best] / len(odds)), float(values[best - 1] if best else values[0] - 1)
 
 
 def _tokens_of(context: _Context, start: int, end: int) -> tuple[int, int] | None:
