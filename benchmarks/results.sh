@@ -13,18 +13,18 @@ python -m electra_jax.train --config=configs/tiny.py --config.data.source="$sour
 python -m electra_jax.train --config=configs/tiny.py:mlm --config.data.source="$source" \
     --config.data.path="$out/tokens" --workdir="$out/mlm"
 
-tune() {    # NAME INIT_FROM [flags]
-    local name=$1 from=$2
+tune() {    # NAME INIT_FROM [flags]: all tasks at both rates
+    local name=$1 from=$2 rate
     shift 2
-    python -m electra_jax.finetune --config=configs/finetune/glue.py --config.init_from="$from" \
-        --config.task.data_dir="$tasks" --config.run.tasks=cola,mrpc,stsb --config.run.seeds="$seeds" \
-        --workdir="$out/$name-glue" "$@"
-    python -m electra_jax.finetune --config=configs/finetune/glue.py:sst2 --config.init_from="$from" \
-        --config.task.data_dir="$tasks" --config.optimizer.epochs=1.0 --config.run.seeds="$seeds" \
-        --workdir="$out/$name-sst2" "$@"
-    python -m electra_jax.finetune --config=configs/finetune/squad.py:v1.1 --config.init_from="$from" \
-        --config.data.seq_len=256 --config.task.data_dir="$tasks/SQuAD" --config.run.seeds="$seeds" \
-        --workdir="$out/$name-squad" "$@"
+    for rate in 3e-4 1e-3; do
+        local common=(--config.init_from="$from" --config.run.seeds="$seeds" --config.optimizer.learning_rate=$rate "$@")
+        python -m electra_jax.finetune --config=configs/finetune/glue.py --config.task.data_dir="$tasks" \
+            --config.run.tasks=cola,mrpc,stsb --workdir="$out/$name-$rate-glue" "${common[@]}"
+        python -m electra_jax.finetune --config=configs/finetune/glue.py:sst2 --config.task.data_dir="$tasks" \
+            --config.optimizer.epochs=1.0 --workdir="$out/$name-$rate-sst2" "${common[@]}"
+        python -m electra_jax.finetune --config=configs/finetune/squad.py:v1.1 --config.task.data_dir="$tasks/SQuAD" \
+            --config.data.seq_len=256 --workdir="$out/$name-$rate-squad" "${common[@]}"
+    done
 }
 tune random "$out/electra" --config.init_random=True
 tune mlm "$out/mlm"
