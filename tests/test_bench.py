@@ -75,8 +75,11 @@ def check(result, *fields):
             assert result[f"{field}_min"] <= result[field] <= result[f"{field}_max"]
 
 
-def test_the_step_reports_rates_flops_memory_and_what_it_is_compared_with(folder, capsys):
+def test_the_step_reports_rates_flops_memory_and_what_it_is_compared_with(folder, capsys, monkeypatch):
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.hugetlb=0")
+    monkeypatch.delenv("LIBTPU_INIT_ARGS", raising=False)
     r, = run(folder, capsys, "--steps=3", "--warmup=1", "--label=a name")
+    assert r["flags"]["GLIBC_TUNABLES"] == "glibc.malloc.hugetlb=0" and "LIBTPU_INIT_ARGS" not in r["flags"]
     check(r, "step_ms", "tokens_per_s", "examples_per_s", "mfu", "peak_gib", "program_gib", "compile_s", "loss")
     assert (r["label"], r["what"], r["batch_size"], r["seq_len"], r["dtype"]) == ("a name", "step", 8, 24, "float32")
     assert r["device"] == "cpu" and r["devices"] == 4 and r["versions"]["jax"] == jax.__version__
