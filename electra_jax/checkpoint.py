@@ -179,7 +179,8 @@ class Checkpointer:
                  clock: Callable[[], float] = time.monotonic):
         """Opens `directory` (local or a bucket), which it creates, and removes what a killed save left.
 
-        Keeps the `keep` newest steps. `every_steps` and `every_minutes` set `should_save`; 0 switches one off.
+        Keeps the `keep` newest steps. `every_steps` is for `is_due`, `every_minutes` for `is_overdue`; 0 switches one
+        off.
         """
         runtime.quiet_orbax()
         self.directory = _absolute(directory)
@@ -196,15 +197,13 @@ class Checkpointer:
         steps = _steps(self.directory)
         return steps[-1] if steps else None
 
-    def should_save(self, step: int) -> bool:
-        """Says whether a checkpoint is due after `step` updates, by count or by time since the last save."""
-        if self._every_steps and step % self._every_steps == 0:
-            return True
-        due = bool(self._every_s) and self._clock() - self._last_save_s >= self._every_s
-        if self._every_s and jax.process_count() > 1:
-            # Clocks differ, and a save is a collective: the first host decides.
-            due = bool(multihost_utils.broadcast_one_to_all(np.asarray(due)))
-        return due
+    def is_due(self, step: int) -> bool:
+        """Says whether a checkpoint is due after `step` updates, by their count."""
+        return bool(self._every_steps) and step % self._every_steps == 0
+
+    def is_overdue(self) -> bool:
+        """Says whether one is due by the time since the last save, on this host's clock; a save needs all hosts."""
+        return bool(self._every_s) and self._clock() - self._last_save_s >= self._every_s
 
     def save(self, state: PyTree, meta: Mapping[str, Any], tokenizer_files: Mapping[str, bytes] | None = None,
              force: bool = False) -> bool:
@@ -220,7 +219,8 @@ class Checkpointer:
         meta = json.loads(json.dumps(dict(meta) | _provenance()))   # as it will be read: tuples become lists
         tokenizer = {name: base64.b64encode(data).decode() for name, data in (tokenizer_files or {}).items()}
         try:
-            if step in _steps(self.directory):
+            # Asked before any host changes the folder, for all must go the same way.
+            if runtime.any_host(step in _steps(self.directory)):
                 if not force:
                     return False
                 # Set aside, not deleted: a kill before the new one is committed must not lose the step.
@@ -269,17 +269,19 @@ class Checkpointer:
         self._recover_replaced()
         self._manager.reload()   # else the failed step stays listed, and later saves are skipped
 
-    def restore(self, abstract_state: PyTree, expected: Mapping[str, Any] | None = None) -> tuple[PyTree, dict] | None:
+    def restore(self, abstract_state: PyTree, expected: Mapping[str, Any] | None = None,
+                refuse: Callable[[dict, str], None] = lambda meta, where: None) -> tuple[PyTree, dict] | None:
         """Returns (state, meta) of the newest step that verifies, or None if there is none.
 
         `abstract_state` has a `jax.ShapeDtypeStruct` with its sharding for each leaf; the mesh may be another than
-        at the save. `expected`: see `check`; its "config" serves to explain a refusal. A damaged step is renamed
-        `damaged-N` with a warning. Raises UserError, before any array is read, for a checkpoint of another run.
+        at the save. `expected`: see `check`; its "config" serves to explain a refusal. `refuse(meta, where)` may raise
+        a UserError. A damaged step is renamed `damaged-N` with a warning. Raises UserError, before any array is read,
+        for a checkpoint of another run.
         """
         self.wait()
         for step in reversed(_steps(self.directory)):
             try:
-                return self._restore_step(step, abstract_state, expected or {})
+                return self._restore_step(step, abstract_state, expected or {}, refuse)
             except UserError:
                 raise
             except Exception as error:
@@ -288,13 +290,14 @@ class Checkpointer:
                 self._quarantine(step, error)
         return None
 
-    def _restore_step(self, step: int, abstract_state: PyTree, expected: Mapping[str, Any]) -> tuple[PyTree, dict]:
+    def _restore_step(self, step: int, abstract_state: PyTree, expected, refuse) -> tuple[PyTree, dict]:
         where = str(self.directory / str(step))
         items = self._manager.restore(step, args=ocp.args.Composite(**{k: ocp.args.JsonRestore() for k in _ITEMS}))
         _verify_items(items)
         table = items["index"]["leaves"]
         check(items["meta"], expected, where)
         _check_leaves(table, abstract_state, where, _config_differences(items["meta"], expected))
+        refuse(items["meta"], where)
         state = self._manager.restore(step, args=ocp.args.Composite(
             state=ocp.args.StandardRestore(abstract_state)))["state"]
         _verify_leaves(state, table)
@@ -379,7 +382,7 @@ def _load_newest(path: str | os.PathLike, load: Callable) -> tuple[PyTree, dict[
         foreign = (root / "model.safetensors").exists() or (root / "discriminator").is_dir()
         raise UserError(f"no checkpoint found in {root}: " + (
             "a Hugging Face folder goes through python -m electra_jax.interop.huggingface import first." if foreign else
-            "give the --workdir of a run, or one of its checkpoints/N."))
+            "give the folder of a run (its --workdir), or one of its checkpoints/N."))
     for folder in folders:
         try:
             with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:

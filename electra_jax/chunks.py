@@ -23,7 +23,7 @@ def sum_over_chunks(function: Callable, chunks: int, params: Tree, x: jax.Array,
         total, (sums, out) = function(params, *chunk)
         return jax.tree.map(jnp.add, carry, (total, sums)), out
 
-    chunked = _split(chunks, (x, rest))
+    chunked = _split(min(chunks, x.shape[1]), (x, rest))
     (total, sums), outs = jax.lax.scan(body, _zeros(lambda: _sums(function, params, chunked)), chunked)
     return total, (sums, _join(outs, x.shape[1]))
 
@@ -35,7 +35,7 @@ def _forward(function, chunks, params, x, rest):
         (total, (sums, out)), (grad_params, grad_x) = both(params, *chunk)
         return jax.tree.map(jnp.add, carry, (total, sums, grad_params)), (out, grad_x)
 
-    chunked = _split(chunks, (x, rest))
+    chunked = _split(min(chunks, x.shape[1]), (x, rest))
     zeros = (*_zeros(lambda: _sums(function, params, chunked)), jax.tree.map(jnp.zeros_like, params))
     (total, sums, grad_params), (outs, grads_x) = jax.lax.scan(body, zeros, chunked)
     return (total, (sums, _join(outs, x.shape[1]))), (grad_params, _join(grads_x, x.shape[1]))

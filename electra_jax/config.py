@@ -132,7 +132,10 @@ def restored(stored: dict) -> ml_collections.ConfigDict:
 
 
 def reference(c: ml_collections.ConfigDict) -> None:
-    """Switches every quirk of the original's code on (read in google-research/electra)."""
+    """Switches the original code's quirks on (read in google-research/electra).
+
+    What has no switch: docs/decisions.md.
+    """
     c.objective.distinct_positions = False    # draws collide, and colliding ids are averaged
     c.objective.mask_token_prob = 0.85        # the paper's text says 1.0
     c.objective.sampler = "gumbel"
@@ -176,6 +179,7 @@ _RANGES = {
     "model.generator_size": (1e-6, 16), "model.generator_layers": (1e-6, 16),
     "model.generator_heads": (0, math.inf), "model.generator_intermediate_size": (0, math.inf),
     "model.generator_embedding_size": (0, math.inf),
+    "model.rotary_theta": (1e-3, math.inf), "model.layer_norm_eps": (0, 1), "model.initializer_range": (0, math.inf),
     "model.hidden_dropout": (0, 0.99), "model.attention_dropout": (0, 0.99),
     "objective.mask_prob": (0.001, 0.9), "objective.mask_token_prob": (0, 1), "objective.temperature": (1e-3, 1e3),
     "objective.mlm_weight": (0, math.inf), "objective.rtd_weight": (0, math.inf),
@@ -221,7 +225,7 @@ def check_fields(config: ml_collections.ConfigDict, choices: dict, ranges: dict)
             raise UserError(f"{field}={get(config, field)!r} is not one of {', '.join(allowed)}.")
     for field, (low, high) in ranges.items():
         value = get(config, field)
-        if not low <= value <= high:   # also catches NaN
+        if not (low <= value <= high and math.isfinite(value)):
             bounds = f"at least {low}" if high == math.inf else f"from {low} to {high}"
             raise UserError(f"{field}={value} is out of range: give a value {bounds}.")
     for field in ("mesh.data", "mesh.fsdp", "mesh.tensor"):
@@ -236,6 +240,9 @@ def validate(config: ml_collections.ConfigDict) -> None:
                         "to electra_jax.finetune.")
     check_fields(config, _CHOICES, _RANGES)
     m, d = config.model, config.data
+    if config.objective.name == "mlm" and config.objective.uniform_generator:
+        raise UserError("objective.uniform_generator=True leaves nothing to train with objective.name=mlm: set it to "
+                        "False, or objective.name=electra.")
     if m.hidden_size % m.num_heads:
         raise UserError(f"model.hidden_size={m.hidden_size} does not divide by model.num_heads={m.num_heads}: "
                         "change one of them.")

@@ -1,6 +1,7 @@
 """The life of a pretraining run: restore, train, evaluate, save, report."""
 
 import contextlib
+import functools
 import time
 from collections import deque
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy as np
 
 import electra_jax
 from electra_jax import attention, checkpoint, metrics, model, runtime, sharding, show, step
-from electra_jax.config import UserError, restored
+from electra_jax.config import UserError, get, restored
 from electra_jax.data.loader import Loader, Prefetcher
 from electra_jax.sharding import path_name
 
@@ -23,15 +24,19 @@ def check_mesh(config) -> None:
     attention.check(config.model.attention, config.data.seq_len, mesh)
 
 
-def make_loader(config, store, tokenizer, split: str) -> Loader:
+# With the seed they decide which tokens a step sees.
+_LAYOUT = ("batch_size", "seq_len", "segment_pairs", "single_segment_prob", "short_prob", "pack")
+
+
+def make_loader(config, store, tokenizer, split: str, mesh) -> Loader:
     """Returns the loader of this host's rows of "train" or "eval"."""
-    fields = ("batch_size", "seq_len", "segment_pairs", "single_segment_prob", "short_prob", "pack")
-    return Loader(store, tokenizer, split=split, seed=config.run.seed, process_index=jax.process_index(),
-                  process_count=jax.process_count(), **{name: config.data[name] for name in fields})
+    return Loader(store, tokenizer, split=split, seed=config.run.seed,
+                  rows=sharding.local_rows(mesh, config.data.batch_size),
+                  **{name: config.data[name] for name in _LAYOUT})
 
 
 class Interval:
-    """The steps since the last logged one. Their sums stay on the device until they are read, one step late."""
+    """The steps since the last logged one. Their sums stay on the device until they are read."""
 
     def __init__(self, config, program: step.Program):
         self._config, self._program = config, program
@@ -68,24 +73,26 @@ class Run:
         Raises UserError when the newest checkpoint belongs to another run.
         """
         self.config, self.workdir, self.store, self.tokenizer = config, workdir, store, tokenizer
-        self.train_loader = make_loader(config, store, tokenizer, "train")
-        held_out = store.split("eval").num_tokens
-        self.eval_loader = make_loader(config, store, tokenizer, "eval") if held_out else None
         self.mesh = sharding.make_mesh(config.mesh)
         special_ids = {name: getattr(tokenizer, f"{name}_id") for name in ("pad", "cls", "sep", "mask")}
         self.program = step.build(config, self.mesh, special_ids, tokenizer.vocab_size)
+        self.train_loader = make_loader(config, store, tokenizer, "train", self.mesh)
+        held_out = store.split("eval").num_tokens
+        self.eval_loader = make_loader(config, store, tokenizer, "eval", self.mesh) if held_out else None
         self.checkpointer = checkpoint.Checkpointer(
             workdir / "checkpoints", config.run.keep_checkpoints,
             config.run.checkpoint_every_steps, config.run.checkpoint_every_minutes)
         self.identity = {"tokenizer": tokenizer.fingerprint, "manifest_hash": store.manifest_hash}
-        restored = self.checkpointer.restore(self.program.abstract_state,
-                                             self.identity | {"config": config.to_dict()})
-        self.state, self.meta = restored or (initial_state(config, self.program, tokenizer.fingerprint),
-                                             {"tokens": 0, "train_s": 0.0, "data_wait_s": 0.0, "evaluated": False})
+        found = self.checkpointer.restore(self.program.abstract_state, self.identity | {"config": config.to_dict()},
+                                          functools.partial(_check_resumes, config))
+        self.state, self.meta = found or (initial_state(config, self.program, tokenizer.fingerprint),
+                                          {"tokens": 0, "train_s": 0.0, "data_wait_s": 0.0, "evaluated": False})
         self.start_step, self.steps = int(self.state["step"]), config.optimizer.steps
         if self.start_step > self.steps:
-            raise UserError(f"optimizer.steps={self.steps}, but the newest checkpoint in {workdir} has "
-                            f"{self.start_step}: raise optimizer.steps or give another --workdir.")
+            where, other = ((f"the newest checkpoint in {workdir}", "give another --workdir") if found else
+                            (f"run.init_from={config.run.init_from}", "set run.init_optimizer=False"))
+            raise UserError(f"optimizer.steps={self.steps}, but {where} has {self.start_step}: raise optimizer.steps "
+                            f"or {other}.")
         self.meta["evaluated"] &= self.start_step == self.steps   # a finished run may go on with more steps
 
     def go(self) -> None:
@@ -98,6 +105,7 @@ class Run:
               metrics.MetricWriter(self.workdir, self.config.run.tensorboard, self.start_step) as self.writer,
               runtime.StopSignal() as self.stop,
               runtime.Watchdog() as self.watchdog):
+            self._stopping = False    # all hosts have heard of a signal to one of them
             finished = self._train() and self._finish()
             written = self.checkpointer.close()
         if finished:
@@ -105,13 +113,14 @@ class Run:
         if not written:
             raise UserError(f"--workdir={self.workdir}: the last checkpoint could not be written: make room there, and "
                             "give the same command again.")
-        if not finished:
+        if not finished and jax.process_index() == 0:
             print(f"saved step {int(self.state['step'])} in {self.checkpointer.directory}; "
                   "the same command goes on from there", flush=True)
 
     def _train(self) -> bool:
         """Takes all steps that are left; returns False if it was stopped (and has saved)."""
         run, interval, train = self.config.run, Interval(self.config, self.program), None
+        agreement = runtime.Agreement()
         in_flight, now = deque(), self.start_step
         with contextlib.closing(Prefetcher(self.train_loader, self.start_step, self.config.data.prefetch)) as batches:
             while now < self.steps:
@@ -135,13 +144,14 @@ class Run:
                     self._log(now, interval)
                 if now == self.steps:
                     break
+                self._stopping, overdue = agreement.ask(now, self.stop.requested, self.checkpointer.is_overdue())
                 with interval.throughput.paused():
-                    if run.eval_every_steps and now % run.eval_every_steps == 0 and not self.stop.requested:
+                    if run.eval_every_steps and now % run.eval_every_steps == 0 and not self._stopping:
                         self._evaluate(now)
-                    if self.stop.requested or self.checkpointer.should_save(now):
+                    if self._stopping or overdue or self.checkpointer.is_due(now):
                         self._check_finite("the gradient's norm", jax.device_get(sums["grad_norm"]).max(), now)
                         self._save()
-                if self.stop.requested:
+                if self._stopping:
                     return False
         return True
 
@@ -159,18 +169,19 @@ class Run:
         """Evaluates the trained network and saves it; returns False if it was stopped meanwhile (and has saved)."""
         if not self.meta["evaluated"]:
             self.results = self._evaluate(self.steps)
-            self.meta["evaluated"] = not self.stop.requested
+            self.meta["evaluated"] = not self._stopping
             self._save()
         else:
             self.progress.note(f"the run was finished already: {self.steps} steps in {self.workdir}")
             self.results = self._held_out()
-        return not self.stop.requested
+        return not self._stopping
 
     def _log(self, now: int, interval: Interval) -> None:
         values, elapsed_s = interval.read()
         self.meta["train_s"] += elapsed_s
         self.meta["data_wait_s"] += values["data_wait"] * elapsed_s
         self._check_finite("the loss", values["loss"], now)
+        self._check_finite("the gradient's norm", values["grad_norm"], now)
         self.writer.write(now, values)
         self.progress.update(now, values)
 
@@ -187,11 +198,13 @@ class Run:
             return None
         total, batches = None, max(1, self.eval_loader.sequences_per_epoch // self.config.data.batch_size)
         for i in range(min(self.config.run.eval_batches, batches)):
-            if self.stop.requested:
+            self._stopping = self._stopping or runtime.any_host(self.stop.requested)
+            if self._stopping:
                 return None
             batch = sharding.global_batch(self.eval_loader.batch_at(i), self.mesh)
             index = sharding.everywhere(np.int32(i), self.mesh)
-            sums = jax.device_get(self.program.eval_step(self.state["params"], batch, index))
+            with self.watchdog.paused() if i == 0 else contextlib.nullcontext():    # compiles
+                sums = jax.device_get(self.program.eval_step(self.state["params"], batch, index))
             total = sums if total is None else jax.tree.map(np.add, total, sums)
             self.watchdog.beat()
         return step.summarize(total, self.config)
@@ -206,12 +219,14 @@ class Run:
     def _save(self) -> None:
         self.checkpointer.save(self.state, self.meta | self.identity | {"config": self.config.to_dict()},
                                self.tokenizer.files(), force=True)
+        self.watchdog.beat()
 
     def _compile(self, inputs: tuple):
         """Compiles the train step for the shapes of its inputs and says what it took."""
         start_s = time.perf_counter()
         train = self.program.train_step if self.config.run.steps_per_dispatch == 1 else self.program.train_steps
-        compiled = train.lower(self.state, *inputs).compile()
+        with self.watchdog.paused():
+            compiled = train.lower(self.state, *inputs).compile()
         memory = compiled.memory_analysis()
         needs = f", needs {(memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 2**20:,.0f} MiB a device" \
             if memory else ""
@@ -219,6 +234,8 @@ class Run:
         return compiled
 
     def _describe(self) -> None:
+        if jax.process_index():
+            return
         config, params = self.config, self.state["params"]
         counts = ", ".join(f"{name} {model.count_params(tree):,}" for name, tree in params.items())
         where = f"resuming after step {self.start_step}" if self.start_step else "starting"
@@ -232,6 +249,9 @@ class Run:
 
     def _report(self) -> None:
         """Prints what was learned, sentences with their probabilities, and where everything lies."""
+        examples = self._examples()
+        if jax.process_index():
+            return
         done = f"{self.steps} steps, {self.meta['tokens'] / 1e6:.1f} M tokens"
         if self.meta["train_s"]:
             done += (f", {metrics.format_duration(self.meta['train_s'])} of training, of which the device waited "
@@ -249,17 +269,25 @@ class Run:
             if "rtd_loss" in r:
                 print(f"  discriminator  RTD loss {r['rtd_loss']:.4f} nats, a constant guess would have "
                       f"{r['rtd_floor']:.4f}; AUC {r['rtd_auc']:.3f}; {r['replaced_fraction']:.1%} replaced")
-        if self.results and "rtd_loss" in self.results and self.config.run.show_examples:
-            batch, index = self.eval_loader.batch_at(0), sharding.everywhere(np.int32(0), self.mesh)
-            seen = jax.device_get(self.program.inspect_step(
-                self.state["params"], sharding.global_batch(batch, self.mesh), index))
+        if examples:
             print("\nheld-out text as the discriminator saw it: original→replacement, and behind each token the\n"
                   "probability in percent that it was replaced\n")
-            show.print_examples(show.examples(batch, seen, self.tokenizer.token, self.config.run.show_examples))
+            show.print_examples(examples)
         print(f"checkpoint   {self.checkpointer.directory / str(int(self.state['step']))}\n"
               f"metrics      {self.workdir / 'metrics.jsonl'}")
         if self.config.run.tensorboard:
             print(f"tensorboard  tensorboard --logdir {self.workdir / 'tensorboard'}")
+
+    def _examples(self) -> list:
+        """Returns what the discriminator saw and said of this host's first held-out rows; all hosts call it."""
+        if not (self.results and "rtd_loss" in self.results and self.config.run.show_examples):
+            return []
+        batch, index = self.eval_loader.batch_at(0), sharding.everywhere(np.int32(0), self.mesh)
+        seen = jax.device_get(self.program.inspect_step(
+            self.state["params"], sharding.global_batch(batch, self.mesh), index))
+        rows = sharding.local_rows(self.mesh, self.config.data.batch_size)
+        return show.examples(batch, jax.tree.map(lambda x: x[rows], seen), self.tokenizer.token,
+                             self.config.run.show_examples)
 
 
 def steps_at_once(config, now: int) -> int:
@@ -274,6 +302,18 @@ def steps_at_once(config, now: int) -> int:
     return 1 if any((now + size - 1) // every > now // every for every in due) else size
 
 
+def _check_resumes(config, meta: dict, where: str) -> None:
+    """Raises UserError when the run that was saved saw other rows in a step, or was another function of its
+    parameters; shapes show neither."""
+    theirs = restored(meta["config"])
+    fields = [f"data.{name}" for name in _LAYOUT] + ["run.seed"]
+    different = [field for field in fields if get(config, field) != get(theirs, field)]
+    different += [f"model.{name}" for name in model.differences(config.model, theirs.model)]
+    for field in different:
+        raise UserError(f"{field}={get(config, field)} in this run but {get(theirs, field)} in {where}: set it back, "
+                        "or give another --workdir.")
+
+
 def initial_state(config, program: step.Program, fingerprint: str) -> step.State:
     """Returns fresh parameters, or those of `run.init_from` with a fresh optimizer and step 0.
 
@@ -285,11 +325,11 @@ def initial_state(config, program: step.Program, fingerprint: str) -> step.State
         return program.init_state()
     if config.run.init_optimizer:
         state, meta = checkpoint.load_state(source, program.abstract_state)
-        _check_tokenizer(source, meta, fingerprint)
+        _check_source(config, meta, fingerprint)
         return state
     state = program.init_state()
     params, meta, _ = checkpoint.load_params(source, tuple(state["params"]))
-    _check_tokenizer(source, meta, fingerprint)
+    _check_source(config, meta, fingerprint)
     params = model.unstack_layers(params)
     if config.model.scan_layers:
         params = model.stack_layers(params)
@@ -306,7 +346,12 @@ def initial_state(config, program: step.Program, fingerprint: str) -> step.State
     return state
 
 
-def _check_tokenizer(source: str, meta: dict, fingerprint: str) -> None:
+def _check_source(config, meta: dict, fingerprint: str) -> None:
+    source, theirs = config.run.init_from, restored(meta["config"]).model
+    for name in model.differences(config.model, theirs):
+        raise UserError(f"model.{name}={config.model[name]} would read the parameters of run.init_from={source} as "
+                        f"another network, they were trained with {theirs[name]}: give "
+                        f"--config.model.{name}={theirs[name]}.")
     if meta["tokenizer"] != fingerprint:
         raise UserError(f"run.init_from={source} was trained with another tokenizer than that of the token store: "
                         "prepare the data with data.tokenizer set to that run's tokenizer.")

@@ -56,6 +56,16 @@ def generator_architecture(model) -> Architecture:
     )
 
 
+def differences(ours, theirs) -> list[str]:
+    """Returns the fields in which two `model` sections make different functions of parameters of equal shapes."""
+    names = ["num_heads", "norm", "positions", "layer_norm_eps"]
+    names += ["rotary_theta"] if ours["positions"] == "rotary" else []
+    found = [name for name in names if ours[name] != theirs[name]]
+    if not found and generator_architecture(ours).num_heads != generator_architecture(theirs).num_heads:
+        found.append("generator_heads")
+    return found
+
+
 class Embeddings(nn.Module):
     """Sum of token, position and segment vectors, normalised: [B, L] ids -> [B, L, E]."""
 

@@ -1,5 +1,6 @@
 """What surrounds a run: signals, the watchdog, the compilation cache, several hosts, quiet logs, safe small files."""
 
+import contextlib
 import faulthandler
 import json
 import logging
@@ -14,11 +15,12 @@ import time
 import uuid
 import warnings
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import FrameType
 from typing import Any
 
 import jax
+import numpy as np
 
 from electra_jax.config import UserError
 
@@ -58,7 +60,8 @@ class StopSignal:
 
 
 class Watchdog:
-    """Ends a process that hangs: without a `beat` for max(10 x the median interval, `min_timeout_s`) seconds.
+    """Ends a process that hangs: without a `beat` for max(10 x the median interval, `min_timeout_s`) seconds, unless
+    `paused`.
 
     A stuck host hangs all others without a message, and SIGTERM is swallowed after jax.distributed.initialize. All
     stacks go to stderr, then the process exits with code 124, and the scheduler can restart it.
@@ -68,7 +71,7 @@ class Watchdog:
                  exit: Callable[[int], Any] = os._exit, poll_s: float = 5.0):
         self._min_timeout_s, self._clock, self._exit, self._poll_s = min_timeout_s, clock, exit, poll_s
         self._intervals_s: deque[float] = deque(maxlen=101)
-        self._last_s = clock()
+        self._last_s, self._is_paused = clock(), False
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -87,6 +90,15 @@ class Watchdog:
         self._intervals_s.append(now_s - self._last_s)
         self._last_s = now_s
 
+    @contextlib.contextmanager
+    def paused(self):
+        """Does not watch while the body runs: a compilation takes as long as it takes."""
+        self._is_paused = True
+        try:
+            yield
+        finally:
+            self._last_s, self._is_paused = self._clock(), False
+
     def timeout_s(self) -> float:
         """Returns the seconds without a beat that are too many."""
         usual_s = statistics.median(list(self._intervals_s)) if self._intervals_s else 0.0
@@ -95,7 +107,7 @@ class Watchdog:
     def check(self) -> bool:
         """Ends the process if the last beat is too long ago; returns whether it was."""
         silent_s, limit_s = self._clock() - self._last_s, self.timeout_s()
-        if silent_s <= limit_s:
+        if self._is_paused or silent_s <= limit_s:
             return False
         os.write(2, f"watchdog: no step finished for {silent_s:.0f} s (limit {limit_s:.0f} s) on "
                     f"{socket.gethostname()}; stacks of all threads:\n".encode())
@@ -242,9 +254,16 @@ def _several_hosts(environment: dict[str, str]) -> bool:
     """Says whether the environment shows a job of several processes that should find each other."""
     if environment.get("JAX_COORDINATOR_ADDRESS"):
         return True
-    if int(environment.get("SLURM_STEP_NUM_TASKS") or 1) > 1:   # not SLURM_NTASKS: a shell of `salloc` has it too
+    if _number("SLURM_STEP_NUM_TASKS", environment) > 1:   # not SLURM_NTASKS: a shell of `salloc` has it too
         return True
     return len([h for h in (environment.get("TPU_WORKER_HOSTNAMES") or "").split(",") if h]) > 1
+
+
+def _number(name: str, environment: Mapping[str, str] = os.environ) -> int:
+    value = environment.get(name) or "1"
+    if not value.isdecimal():
+        raise UserError(f"{name}={value} in the environment is not a whole number: set it to one, or unset it.")
+    return int(value)
 
 
 def initialize_distributed(initialization_timeout_s: float = 300.0) -> bool:
@@ -258,7 +277,7 @@ def initialize_distributed(initialization_timeout_s: float = 300.0) -> bool:
     wanted = {}
     if "JAX_COORDINATOR_ADDRESS" in os.environ:   # which JAX reads itself, but not the other two
         names = {"num_processes": "JAX_NUM_PROCESSES", "process_id": "JAX_PROCESS_ID"}
-        wanted = {key: int(os.environ[name]) for key, name in names.items() if name in os.environ}
+        wanted = {key: _number(name) for key, name in names.items() if name in os.environ}
     try:
         jax.distributed.initialize(**wanted, initialization_timeout=math.ceil(initialization_timeout_s))
     except Exception as error:
@@ -266,3 +285,42 @@ def initialize_distributed(initialization_timeout_s: float = 300.0) -> bool:
         raise UserError(f"joining the other hosts failed ({why}): start the same command on every host within "
                         f"{initialization_timeout_s:.0f} s.") from error
     return True
+
+
+def any_host(flag: bool) -> bool:
+    """Says whether the flag is set on any host; all must ask at the same point, and each waits for its devices."""
+    if jax.process_count() == 1:
+        return flag
+    from jax.experimental import multihost_utils
+
+    return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
+
+
+class Agreement:
+    """Flags on which all hosts act alike at the same step, though signals and clocks reach each at its own time.
+
+    Hosts that decide for themselves take different numbers of steps, and then wait for each other for ever.
+    """
+
+    def __init__(self, every_s: float = 5.0, clock: Callable[[], float] = time.monotonic):
+        """`every_s`: seconds between two exchanges, for each makes the host wait for all steps under way."""
+        self._every_s, self._clock = every_s, clock
+        self._next_step, self._last = 0, None
+
+    def ask(self, step: int, *flags: bool) -> list[bool]:
+        """Returns which flags are set on any host, all False where no exchange is due; all hosts ask at each step."""
+        if jax.process_count() == 1:
+            return list(flags)
+        if step < self._next_step:
+            return [False] * len(flags)
+        from jax.experimental import multihost_utils
+
+        now_s, ahead = self._clock(), 1
+        if self._last is not None:
+            last_step, last_s = self._last
+            step_s = max(1e-6, now_s - last_s) / (step - last_step)
+            ahead = min(10_000, max(1, int(self._every_s / step_s)))
+        self._last = step, now_s
+        said = np.asarray(multihost_utils.process_allgather(np.array([*flags, ahead], np.int32)))
+        self._next_step = step + int(said[0, -1])    # the first host's, for their clocks differ
+        return [bool(flag) for flag in said[:, :-1].any(0)]

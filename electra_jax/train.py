@@ -29,9 +29,10 @@ def main(config, workdir: str) -> None:
     store = prepare(config, config.data.path or workdir / "tokens")
     tokenizer = tokenizer_from_files(store.tokenizer_files())
     resolve_vocabulary(config, tokenizer)
-    runtime.write_json_atomic(workdir / "config.json", config.to_dict())
     runtime.enable_compilation_cache(config.run.compilation_cache)
-    loop.Run(config, workdir, store, tokenizer).go()
+    run = loop.Run(config, workdir, store, tokenizer)
+    runtime.write_json_atomic(workdir / "config.json", config.to_dict())    # not of a run that was refused
+    run.go()
 
 
 def resolve_vocabulary(config, tokenizer) -> None:

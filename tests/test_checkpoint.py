@@ -172,24 +172,24 @@ def test_a_kill_while_a_step_is_replaced_loses_nothing(tmp_path):
 def test_saves_are_due_by_steps_and_by_minutes_since_the_last(tmp_path):
     now = 1000.0
     checkpointer = opened(tmp_path, every_steps=10, every_minutes=2, clock=lambda: now)
-    assert [s for s in range(1, 31) if checkpointer.should_save(s)] == [10, 20, 30]
+    assert [s for s in range(1, 31) if checkpointer.is_due(s)] == [10, 20, 30]
     now += 119
-    assert not checkpointer.should_save(31)
+    assert not checkpointer.is_overdue()
     now += 1
-    assert checkpointer.should_save(31)
+    assert checkpointer.is_overdue()
     checkpointer.save(make_state(31), META)
-    assert not checkpointer.should_save(32)
+    assert not checkpointer.is_overdue()
     now += 120
-    assert checkpointer.should_save(32)
+    assert checkpointer.is_overdue()
 
 
 def test_zero_switches_a_policy_off(tmp_path):
     now = 0.0
     by_steps = opened(tmp_path, every_steps=10, every_minutes=0, clock=lambda: now)
     by_time = opened(tmp_path, every_steps=0, every_minutes=1, clock=lambda: now)
-    assert by_steps.should_save(10) and not by_time.should_save(10)
+    assert by_steps.is_due(10) and not by_time.is_due(10)
     now = 1e6
-    assert not by_steps.should_save(11) and by_time.should_save(11)
+    assert not by_steps.is_overdue() and by_time.is_overdue()
 
 
 # --- Damage -------------------------------------------------------------------------------------

@@ -89,3 +89,14 @@ def test_commands_begin_anew_once_as_the_same_process(tmp_path, command):
     output, errors = process.communicate(timeout=60)
     assert output.splitlines() == [f"process {process.pid} {setting}" for setting in (None, ASKED)]
     assert process.returncode == 2 and errors.startswith("error: ") and errors.count("\n") == 1
+
+
+def test_a_reader_that_leaves_ends_a_command_without_a_traceback(tmp_path):
+    code = ("import sys\nfrom electra_jax import cli\n"
+            "def main():\n    while True:\n        print('a line', flush=True)\n"
+            "sys.exit(cli.exit_code(main))")
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                          cwd=REPO, env=os.environ | {"PYTHONPATH": str(REPO)}) as process:
+        assert process.stdout.readline() == "a line\n"
+        process.stdout.close()
+        assert process.stderr.read() == "" and process.wait(60) == 141

@@ -109,3 +109,29 @@ def test_groups_of_steps_end_where_something_is_due():
         assert now == max(steps, start) and used <= {1, size}
     c = tiny.config(run__steps_per_dispatch=4, run__log_every_steps=8, optimizer__steps=10)
     assert [loop.steps_at_once(c, now) for now in (0, 1, 4, 8)] == [4, 1, 4, 1]
+
+
+def test_a_gradient_that_is_no_number_in_the_last_step_is_not_saved_as_a_finished_run(store, tmp_path, monkeypatch):
+    read = loop.Interval.read
+
+    def broken(interval):
+        values, seconds = read(interval)
+        return values | {"grad_norm": float("nan")}, seconds
+
+    monkeypatch.setattr(loop.Interval, "read", broken)
+    one = run(store, tmp_path, optimizer__steps=4)
+    with pytest.raises(config.UserError, match="gradient's norm is nan at step 4: lower optimizer.learning_rate"):
+        one.go()
+    assert not list((tmp_path / "checkpoints").iterdir())
+
+
+def test_parameters_of_a_network_with_other_heads_are_refused(store, tmp_path):
+    """Shapes do not show the number of heads."""
+    run(store, tmp_path / "one", optimizer__steps=2).go()
+    heads = config.get(run(store, tmp_path / "one", optimizer__steps=2).config, "model.num_heads")
+    for fields in ({}, dict(run__init_optimizer=True)):
+        remedy = rf"model.num_heads=2 would .* give --config.model.num_heads={heads}"
+        with pytest.raises(config.UserError, match=remedy):
+            run(store, tmp_path / "two", run__init_from=str(tmp_path / "one"), model__num_heads=2, **fields)
+    with pytest.raises(config.UserError, match=r"optimizer.steps=1, but run.init_from=.* has 2: .*run.init_optimizer"):
+        run(store, tmp_path / "two", run__init_from=str(tmp_path / "one"), run__init_optimizer=True, optimizer__steps=1)

@@ -1,5 +1,6 @@
 """Promises: signals become a flag, a hang ends with stacks, folders are checked before the work starts."""
 
+import copy
 import json
 import logging
 import os
@@ -11,7 +12,9 @@ import threading
 import time
 
 import jax
+import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 
 from electra_jax import runtime
 from electra_jax.config import UserError
@@ -126,6 +129,18 @@ def test_the_watchdog_leaves_a_living_process_alone_and_stops_with_it():
             time.sleep(0.02)
             watchdog.beat()
     assert not exits and not [t for t in threading.enumerate() if t.name == "watchdog"]
+
+
+def test_the_watchdog_does_not_count_the_time_of_a_pause():
+    now, exits = 0.0, []
+    watchdog = Watchdog(min_timeout_s=60, clock=lambda: now, exit=exits.append)
+    with watchdog.paused():
+        now = 1000.0
+        assert not watchdog.check()
+    now += 60
+    assert not watchdog.check()
+    now += 1
+    assert watchdog.check() and exits == [124]
 
 
 # --- Folders and files --------------------------------------------------------------------------
@@ -248,6 +263,44 @@ def test_two_processes_find_each_other():
     children = [start_child(_JOINING, JAX_PROCESS_ID=str(i), **env) for i in range(2)]
     results = [child.communicate(timeout=60) for child in children]
     assert [out for out, _ in results] == ["True 0 2\n", "True 1 2\n"], results
+
+
+def test_a_number_of_processes_that_is_none_is_refused():
+    child = start_child(_JOINING, JAX_COORDINATOR_ADDRESS="127.0.0.1:1", JAX_NUM_PROCESSES="two")
+    _, err = child.communicate(timeout=60)
+    assert err == ("refused: JAX_NUM_PROCESSES=two in the environment is not a whole number: set it to one, or unset "
+                   "it.\n")
+
+
+def test_hosts_exchange_flags_every_few_seconds_at_the_same_steps(monkeypatch):
+    """Two hosts whose clocks differ, step by step; the first takes 2 s a step."""
+    clocks, asked = [0.0, 0.0], []
+    hosts = [runtime.Agreement(every_s=10, clock=lambda i=i: clocks[i]) for i in range(2)]
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    answers = [[], []]
+    for step in range(1, 30):
+        clocks[0], clocks[1] = clocks[0] + 2.0, clocks[1] + 3.0
+        # What each would send is collected first: the exchange needs all of them.
+        sent = []
+        monkeypatch.setattr(multihost_utils, "process_allgather", lambda x, sent=sent: sent.append(x) or [x])
+        copies = [copy.copy(host) for host in hosts]
+        for i, host in enumerate(copies):
+            host.ask(step, i == 1 and step >= 9, False)
+        monkeypatch.setattr(multihost_utils, "process_allgather", lambda x, sent=sent: np.stack(sent))
+        asked += [step] if sent else []
+        assert len(sent) in (0, 2)
+        for i, host in enumerate(hosts):
+            answers[i].append(host.ask(step, i == 1 and step >= 9, False))
+    assert asked == [1, 2, 7, 12, 17, 22, 27]
+    assert answers[0] == answers[1]
+    assert [step for step, (stop, due) in enumerate(answers[0], 1) if stop] == [12, 17, 22, 27]
+    assert not any(due for _, due in answers[0])
+
+
+def test_a_single_host_agrees_with_itself_at_every_step():
+    agreement = runtime.Agreement(every_s=1000)
+    assert [agreement.ask(step, step == 2, True) for step in (1, 2, 3)] == [[False, True], [True, True], [False, True]]
+    assert runtime.any_host(True) and not runtime.any_host(False)
 
 
 # --- Logs ---------------------------------------------------------------------------------------

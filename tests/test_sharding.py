@@ -201,6 +201,29 @@ def test_activations_are_split_by_rows_on_our_mesh_and_left_alone_elsewhere():
             assert jax.jit(sharding.by_rows)(x).sharding.is_fully_replicated
 
 
+@pytest.mark.parametrize("sizes, devices, rows", [
+    ((4, 1, 1), (1, 3), [4, 5, 6, 7, 12, 13, 14, 15]),     # apart, as the order of a pod's devices may have it
+    ((1, 2, 2), (0, 2), range(16)), ((1, 2, 2), (2,), range(8, 16)), ((1, 1, 4), (3,), range(16)),
+])
+def test_a_host_gives_the_rows_of_its_devices(monkeypatch, sizes, devices, rows):
+    """As if this host had some of the mesh's devices only."""
+    mesh = sharding.make_mesh(dict(zip(sharding.AXES, sizes, strict=True)))
+    assert sharding.local_rows(mesh, 16).tolist() == list(range(16))
+    held = [mesh.devices.flat[i] for i in devices]
+    monkeypatch.setattr(jax.sharding.NamedSharding, "addressable_devices_indices_map",
+                        lambda self, shape: {d: self.devices_indices_map(shape)[d] for d in held})
+    sharding.local_rows.cache_clear()
+    x, given = np.arange(16 * 3, dtype=np.int32).reshape(16, 3), []
+    monkeypatch.setattr(jax, "make_array_from_single_device_arrays",
+                        lambda shape, placed, parts: given.extend((part, placed, shape) for part in parts))
+    sharding.global_batch({"x": x[list(rows)]}, mesh)
+    assert sharding.local_rows(mesh, 16).tolist() == list(rows)
+    sharding.local_rows.cache_clear()
+    assert [part.device for part, _, _ in given] == held
+    for part, placed, shape in given:
+        np.testing.assert_array_equal(part, x[placed.devices_indices_map(shape)[part.device]])
+
+
 @pytest.mark.parametrize("sizes, mesh", [((-1, 1, 1), (4, 1, 1)), ((1, -1, 2), (1, 2, 2)), ((-1, 2, 2), (1, 2, 2))])
 def test_minus_one_takes_the_devices_left(sizes, mesh):
     made = sharding.make_mesh(dict(zip(sharding.AXES, sizes, strict=True)))

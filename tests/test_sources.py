@@ -102,11 +102,13 @@ def test_parquet_gives_the_column_and_lists_the_others_when_it_is_missing(tmp_pa
 
 
 @pytest.mark.parametrize("name", ["a.gz", "a.xz", "a.zst"])
-@pytest.mark.parametrize("cut", ["end", "garbage"])
+@pytest.mark.parametrize("cut", ["end", "garbage", "middle"])
 def test_a_damaged_compressed_file_is_an_error_that_names_it(tmp_path, name, cut):
     # Incompressible text: a short one would fit in the part that is left.
     data = compress(name, "\n\n".join(f"{i * 7919 % 10007} {i**3}" for i in range(5000)).encode())
-    (tmp_path / name).write_bytes(data[:len(data) // 2] if cut == "end" else b"not compressed" * 9)
+    half = len(data) // 2
+    damaged = {"end": data[:half], "garbage": b"not compressed" * 9, "middle": data[:half] + b"\xff" * 99 + data[half:]}
+    (tmp_path / name).write_bytes(damaged[cut])
     with pytest.raises(UserError) as error:
         read(f"text:{tmp_path}/{name}")
     assert name in one_line(error)

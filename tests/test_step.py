@@ -13,6 +13,7 @@ import pytest
 import tiny
 
 from electra_jax import config, model, objectives, sharding, step
+from electra_jax.chunks import sum_over_chunks
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -233,6 +234,15 @@ def training_sums(**fields):
     c = tiny.config(**dict(model__hidden_dropout=0.3, model__attention_dropout=0.3) | fields)
     objective, case = step.Objective(c, tiny.SPECIAL_IDS), Case()
     return jax.jit(functools.partial(objective.gradients, microbatches=2))(case.params, case.batch, case.key)[1]
+
+
+def test_more_chunks_than_slots_are_a_chunk_a_slot():
+    def function(params, x, rest):
+        return jnp.sum(x * params), ({}, x)
+
+    x = jnp.ones((2, 3, 4))
+    traced = jax.make_jaxpr(lambda p, x: sum_over_chunks(function, 1000, p, x, x))(jnp.ones(4), x)
+    assert "length=3" in str(traced) and "length=1000" not in str(traced)
 
 
 def test_a_generator_without_dropout_trains_and_samples_as_in_evaluation():

@@ -6,6 +6,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -48,8 +49,9 @@ def config(tmp_path_factory) -> str:
     return str(folder / "tiny.py")
 
 
-def start(config: str, workdir: Path, *flags: str, devices: int = 1) -> subprocess.Popen:
+def start(config: str, workdir: Path, *flags: str, devices: int = 1, **environment: str) -> subprocess.Popen:
     env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), "PYTHONPATH": str(REPO)}
+    env |= environment
     return subprocess.Popen([sys.executable, "-m", "electra_jax.train", f"--config={config}", f"--workdir={workdir}",
                              *flags], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env, cwd=REPO)
 
@@ -69,6 +71,15 @@ def crcs(workdir: Path, step: int = STEPS) -> dict[str, int]:
 
 def logged(workdir: Path) -> list[dict]:
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def start_hosts(config: str, workdir: Path, *flags: str) -> list[subprocess.Popen]:
+    """Two processes with two devices each, as on two hosts."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    return [start(config, workdir, *flags, devices=2, JAX_COORDINATOR_ADDRESS=address, JAX_NUM_PROCESSES="2",
+                  JAX_PROCESS_ID=str(i)) for i in range(2)]
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +132,28 @@ def test_kill_9_and_the_same_command_give_bit_for_bit_the_uninterrupted_run(conf
 
 def checkpoint_steps(workdir: Path) -> list[int]:
     return sorted(int(p.name) for p in (workdir / "checkpoints").glob("*") if p.name.isdigit())
+
+
+def test_two_hosts_that_share_every_row_train_on_the_same_data(config, straight, tmp_path):
+    """An axis across hosts: each must be given all rows, not a half of its own."""
+    first, second = start_hosts(config, tmp_path, "--config.mesh.tensor=4", f"--config.data.path={straight}/tokens")
+    output, other = finish(first), finish(second)
+    ours, theirs = ({line["step"]: line["loss"] for line in logged(w) if "loss" in line} for w in (tmp_path, straight))
+    assert ours == pytest.approx(theirs, rel=1e-4)
+    assert "'tensor': 4" in output and "→" in output and "→" not in other and "checkpoint " not in other
+
+
+def test_a_signal_to_one_of_two_hosts_stops_both_at_the_same_step(config, straight, tmp_path):
+    hosts = start_hosts(config, tmp_path, f"--config.data.path={straight}/tokens", "--config.optimizer.steps=100000",
+                        "--config.run.checkpoint_every_steps=0", "--config.run.eval_every_steps=0")
+    for line in hosts[0].stdout:
+        if line.startswith("step "):
+            break
+    hosts[1].send_signal(signal.SIGTERM)
+    output = finish(hosts[0])
+    finish(hosts[1])
+    step, = checkpoint_steps(tmp_path)
+    assert f"saved step {step}" in output and crcs(tmp_path, step)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -255,6 +288,11 @@ BAD = [
     (["--config.model.generator_size=0.55"], "model.generator_size=0.55"),
     (["--config.model.hiden_size=30"], "did you mean config.model.hidden_size"),
     (["--config.model.norm=both"], "model.norm='both'"),
+    (["--config.model.rotary_theta=nan"], "model.rotary_theta=nan"),
+    (["--config.optimizer.learning_rate=inf"], "optimizer.learning_rate=inf"),
+    (["--config.objective.name=mlm", "--config.objective.uniform_generator=True"], "objective.uniform_generator=True"),
+    (["--config.data.source=text:~nobody-has-this-name/a.txt"], "~nobody-has-this-name"),
+    (["--config.data.tokenizer=~nobody-has-this-name/vocab.txt"], "~nobody-has-this-name"),
     (["--config.objective.mask_prob=nan"], "objective.mask_prob=nan"),
     (["--config.run.init_from=/no/run"], "/no/run"),
     (["--config.model.vocab_size=20"], "model.vocab_size=20"),
@@ -292,13 +330,18 @@ def test_a_bucket_as_workdir_is_refused_rather_than_made_a_local_folder(config, 
 @pytest.mark.parametrize(("flag", "hint"), [
     ("--config.model.hidden_size=64", "model.hidden_size=64, was 32"),
     ("--config.optimizer.steps=4", "optimizer.steps=4"),
+    ("--config.model.num_heads=2", "model.num_heads=2 in this run but 4 in"),
+    ("--config.model.rotary_theta=50", "model.rotary_theta=50.0 in this run but 10000.0 in"),
+    ("--config.data.batch_size=16", "data.batch_size=16 in this run but 8 in"),
+    ("--config.run.seed=1", "run.seed=1 in this run but 0 in"),
 ])
 def test_a_workdir_of_another_run_is_refused_and_left_alone(config, straight, capfd, flag, hint):
-    before = checkpoint_steps(straight)
+    before, fields = checkpoint_steps(straight), (straight / "config.json").read_text()
     code = cli.run_main(train.main, argv=["train", f"--config={config}", f"--workdir={straight}", flag])
     error = capfd.readouterr().err
     assert code == 2 and hint in error and error.count("\n") == 1, error
     assert checkpoint_steps(straight) == before and crcs(straight)
+    assert (straight / "config.json").read_text() == fields
 
 
 def test_invalid_utf8_and_a_line_of_10_mb_are_only_text(config, tmp_path, capfd):

@@ -3,6 +3,7 @@
 import queue
 import threading
 import time
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -17,16 +18,17 @@ _PLANS = 16
 class Loader:
     """Rows of one split of a token store.
 
-    `specials` has `pad_id`, `cls_id`, `sep_id` (a Tokenizer does). batch_size is global; this process gets the
-    contiguous rows of its index. split="eval" has a fixed order, no random cuts, and wraps around at its end.
+    `specials` has `pad_id`, `cls_id`, `sep_id` (a Tokenizer does). batch_size is global; `rows` are those of each
+    batch that this process gets, ascending numbers below batch_size (None: all, see `sharding.local_rows`).
+    split="eval" has a fixed order, no random cuts, and wraps around at its end.
     Attributes: `sequences_per_epoch` (of the first epoch; others differ by a few, since random cuts do),
     `padding` (share of the first epoch's positions that are padding).
-    Raises UserError when the split is empty or batch_size does not divide by process_count.
+    Raises UserError when the split is empty.
     """
 
     def __init__(self, store, specials, *, split: str, batch_size: int, seq_len: int, segment_pairs: bool,
                  single_segment_prob: float, short_prob: float, pack: bool, seed: int,
-                 process_index: int = 0, process_count: int = 1):
+                 rows: Sequence[int] | None = None):
         self._split = store.split(split)
         self._specials = int(specials.pad_id), int(specials.cls_id), int(specials.sep_id)
         self._is_eval = split == "eval"
@@ -34,11 +36,7 @@ class Loader:
         if not self._split.num_tokens:
             remedy = "raise data.eval_fraction and prepare again" if self._is_eval else "give more text"
             raise UserError(f"data.path={store.path}: its {split} split has no tokens: {remedy}.")
-        if batch_size % process_count:
-            raise UserError(f"data.batch_size={batch_size} does not divide by the {process_count} processes: "
-                            "change data.batch_size.")
-        self._global_batch, self._rows = batch_size, batch_size // process_count
-        self._first_row = process_index * self._rows
+        self._global_batch, self._rows = batch_size, np.arange(batch_size) if rows is None else np.asarray(rows)
         self._layout = Layout(seq_len, segment_pairs, single_segment_prob, 0.0 if self._is_eval else short_prob, pack)
         self._plans, self._counts, self._lock = {}, {}, threading.Lock()
         plan = self._plan(0)
@@ -56,13 +54,13 @@ class Loader:
         `input_ids`; `token_type_ids` 0 and 1; `piece_ids` 1, 2, ... number the pieces of a row, 0 is padding;
         `position_ids` restart at 0 in each piece.
         """
-        first = step * self._global_batch + self._first_row
         parts, done = [], 0
-        while done < self._rows:    # more than once only where an epoch ends within the batch
-            epoch, index, left = self._locate(first + done)
-            count = min(left, self._rows - done)
-            parts.append(self._pieces(epoch, np.arange(index, index + count), done))
-            done += count
+        while done < len(self._rows):    # more than once only where an epoch ends within the batch
+            ahead = self._rows[done:] - self._rows[done]
+            epoch, index, left = self._locate(step * self._global_batch + int(self._rows[done]))
+            ahead = ahead[ahead < left]
+            parts.append(self._pieces(epoch, index + ahead, done))
+            done += len(ahead)
         return self._assemble(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
     def _plan(self, variant: int) -> Plan:
@@ -130,15 +128,16 @@ class Loader:
     def _assemble(self, rows, starts, lengths, single, cut) -> dict[str, np.ndarray]:
         """Lays the pieces out: every array is one `repeat` over runs, no loop over rows."""
         pad_id, cls_id, sep_id = self._specials
-        size, shape = self._rows * self._layout.seq_len, (self._rows, self._layout.seq_len)
+        num_rows, seq_len = len(self._rows), self._layout.seq_len
         widths = lengths + 3 - single
         ends = np.cumsum(widths)
-        row_first = np.searchsorted(rows, np.arange(self._rows))
+        row_first = np.searchsorted(rows, np.arange(num_rows))
         before_row = (ends - widths)[row_first][rows]
-        base = rows * self._layout.seq_len + (ends - widths) - before_row    # flat position of each [CLS]
+        base = rows * seq_len + (ends - widths) - before_row    # flat position of each [CLS]
         a_sep, end = base + 1 + cut, base + widths
         # Three runs a piece: [CLS] A [SEP], B [SEP] (empty if single), and the padding up to the next piece.
-        runs = np.stack([a_sep + 1 - base, end - a_sep - 1, np.append(base[1:], size) - end], axis=1).ravel()
+        next_base = np.append(base[1:], num_rows * seq_len)
+        runs = np.stack([a_sep + 1 - base, end - a_sep - 1, next_base - end], axis=1).ravel()
         number = np.arange(len(rows)) - row_first[rows] + 1
         zero = np.zeros_like(number)
         kinds = np.stack([[zero, number, base], [zero + 1, number, base], [zero, zero, zero]]).astype(np.int32)
@@ -146,13 +145,13 @@ class Loader:
         real = piece_ids > 0
         is_token = real.copy()
         is_token[base] = is_token[a_sep] = is_token[end - 1] = False
-        ids = np.full(size, pad_id, np.int32)
+        ids = np.full(num_rows * seq_len, pad_id, np.int32)
         ids[is_token] = self._split.read(starts, lengths)
         ids[base] = cls_id
         ids[a_sep] = ids[end - 1] = sep_id
-        positions = (np.arange(size, dtype=np.int32) - origin) * real
-        return {"input_ids": ids.reshape(shape), "token_type_ids": types.reshape(shape),
-                "piece_ids": piece_ids.reshape(shape), "position_ids": positions.reshape(shape)}
+        positions = (np.arange(num_rows * seq_len, dtype=np.int32) - origin) * real
+        flat = {"input_ids": ids, "token_type_ids": types, "piece_ids": piece_ids, "position_ids": positions}
+        return {name: array.reshape(num_rows, seq_len) for name, array in flat.items()}
 
 
 class Prefetcher:

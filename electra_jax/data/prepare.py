@@ -41,7 +41,7 @@ def prepare(config, path, progress: bool = True) -> TokenStore:
     Raises UserError for bad sources, an empty corpus, a folder that cannot be written, and a folder that holds
     a store made with other options.
     """
-    path, d = Path(path).expanduser(), config.data
+    path, d = Path(os.path.expanduser(path)), config.data
     options = {"source": d.source, "text_documents": d.text_documents, "tokenizer": d.tokenizer,
                "vocab_size": d.vocab_size if d.tokenizer == "train" else 0, "lowercase": d.lowercase,
                "strip_accents": d.strip_accents, "eval_fraction": d.eval_fraction}

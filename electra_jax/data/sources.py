@@ -11,7 +11,9 @@ import io
 import itertools
 import json
 import lzma
+import os
 import re
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +23,7 @@ from electra_jax.data import pydocs
 from electra_jax.data.packing import make_key
 
 _LONGEST = 1 << 22    # characters; a longer document goes on as a new one, so that memory stays bounded
-_READ_ERRORS = (OSError, EOFError, lzma.LZMAError, gzip.BadGzipFile)
+_READ_ERRORS = (OSError, EOFError, lzma.LZMAError, zlib.error)
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,7 @@ def _bounded(text: str) -> Iterator[str]:
 
 
 def _files(part: Part) -> list[str]:
-    found = sorted(f for f in glob.glob(str(Path(part.where).expanduser()), recursive=True) if Path(f).is_file())
+    found = sorted(f for f in glob.glob(os.path.expanduser(part.where), recursive=True) if Path(f).is_file())
     if not found:
         raise _error(part.text, "no file matches", f"check the path (looked in {Path.cwd()})")
     return found

@@ -58,8 +58,7 @@ def write_shard(folder: Path, name: str, tokens: np.ndarray, lengths: np.ndarray
 def write_manifest(folder: Path, content: dict, options: dict) -> None:
     """Writes `manifest.json`, which makes the store complete.
 
-    `content` determines every batch and is what `manifest_hash` covers; `options` only tell where it came from,
-    so that a corpus may move to another folder.
+    `content` determines every batch and is what `manifest_hash` covers; `options` only tell where it came from.
     """
     manifest = {"format": FORMAT, "hash": _hash(content), "options": options, "content": content}
     write_atomically(folder / "manifest.json", json.dumps(manifest, indent=1).encode())

@@ -7,6 +7,7 @@ ordinary pieces (or [UNK]), as in the original's code.
 import hashlib
 import io
 import json
+import os
 import re
 import unicodedata
 from collections.abc import Iterable
@@ -126,7 +127,7 @@ def load_tokenizer(path, lowercase: bool = True, strip_accents: str = "auto") ->
     `lowercase` and `strip_accents` ("auto", "yes", "no") apply to vocab.txt only: the others carry their own rules.
     Raises UserError for a missing or unreadable file and for a vocabulary without [CLS], [SEP], [MASK], [PAD] or [UNK].
     """
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))    # pathlib's raises for a user that does not exist
     if path.is_dir():
         if (path / OPTIONS_FILE).exists():
             files = {f.name: f.read_bytes() for f in path.iterdir() if f.is_file() and f.suffix in _SUFFIXES}
