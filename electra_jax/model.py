@@ -367,7 +367,10 @@ def count_params(params: Params) -> int:
 
 
 def matmul_flops(model, seq_len: int, num_masked: int, objective: str = "electra") -> float:
-    """Forward matmul FLOPs of one sequence (2 a multiply-add): layers, projections and heads; lookups are free."""
+    """Forward matmul FLOPs of one sequence (2 a multiply-add): layers, projections and heads; lookups are free.
+
+    `objective` is "electra", "mlm" or "rtd", the discriminator alone.
+    """
 
     def encoder(a: Architecture) -> float:
         project = 2 * a.embedding_size * a.hidden_size if a.embedding_size != a.hidden_size else 0
@@ -380,4 +383,5 @@ def matmul_flops(model, seq_len: int, num_masked: int, objective: str = "electra
     disc, gen = discriminator_architecture(model), generator_architecture(model)
     if objective == "mlm":
         return encoder(disc) + mlm_head(disc)
-    return encoder(disc) + seq_len * 2 * (disc.hidden_size**2 + disc.hidden_size) + encoder(gen) + mlm_head(gen)
+    rtd = encoder(disc) + seq_len * 2 * (disc.hidden_size**2 + disc.hidden_size)
+    return rtd if objective == "rtd" else rtd + encoder(gen) + mlm_head(gen)

@@ -111,7 +111,8 @@ def build(config, mesh: Mesh, special_ids: dict[str, int], num_tokens: int | Non
         abstract_state=jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
                                     abstract, shardings),
         flops_per_step=3 * config.data.batch_size * model.matmul_flops(
-            config.model, config.data.seq_len, num_masked(config), config.objective.name),
+            config.model, config.data.seq_len, num_masked(config),
+            "rtd" if config.objective.uniform_generator else config.objective.name),
     )
 
 

@@ -360,3 +360,8 @@ def test_flops_of_a_step_are_three_forward_passes_of_the_batch():
     c = tiny.config()
     program = step.build(c, sharding.make_mesh(c.mesh, jax.devices()[:1]), tiny.SPECIAL_IDS)
     assert program.flops_per_step == 3 * 8 * model.matmul_flops(c.model, 24, 3)
+    c.objective.uniform_generator = True    # then there is no generator to compute
+    program = step.build(c, program.mesh, tiny.SPECIAL_IDS)
+    d = model.discriminator_architecture(c.model)
+    head = 24 * 2 * (d.hidden_size**2 + d.hidden_size)
+    assert program.flops_per_step == 3 * 8 * (model.matmul_flops(c.model, 24, 0, "mlm") + head)
