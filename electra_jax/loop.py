@@ -28,10 +28,10 @@ def check_mesh(config) -> None:
 _LAYOUT = ("batch_size", "seq_len", "segment_pairs", "single_segment_prob", "short_prob", "pack")
 
 
-def make_loader(config, store, tokenizer, split: str, mesh) -> Loader:
-    """Returns the loader of this host's rows of "train" or "eval"."""
-    return Loader(store, tokenizer, split=split, seed=config.run.seed,
-                  rows=sharding.local_rows(mesh, config.data.batch_size),
+def make_loader(config, store, tokenizer, split: str, mesh=None) -> Loader:
+    """Returns the loader of this host's rows of "train" or "eval"; without a mesh, of all rows."""
+    rows = None if mesh is None else sharding.local_rows(mesh, config.data.batch_size)
+    return Loader(store, tokenizer, split=split, seed=config.run.seed, rows=rows,
                   **{name: config.data[name] for name in _LAYOUT})
 
 
@@ -307,11 +307,12 @@ def _check_resumes(config, meta: dict, where: str) -> None:
     parameters; shapes show neither."""
     theirs = restored(meta["config"])
     fields = [f"data.{name}" for name in _LAYOUT] + ["run.seed"]
-    different = [field for field in fields if get(config, field) != get(theirs, field)]
-    different += [f"model.{name}" for name in model.differences(config.model, theirs.model)]
-    for field in different:
-        raise UserError(f"{field}={get(config, field)} in this run but {get(theirs, field)} in {where}: set it back, "
-                        "or give another --workdir.")
+    values = {field: (get(config, field), get(theirs, field)) for field in fields}
+    values |= {f"model.{name}": both for name, both in model.differences(config.model, theirs.model).items()}
+    for field, (mine, other) in values.items():
+        if mine != other:
+            raise UserError(f"{field}={mine} in this run but {other} in {where}: set it back, or give another "
+                            "--workdir.")
 
 
 def initial_state(config, program: step.Program, fingerprint: str) -> step.State:
@@ -325,11 +326,12 @@ def initial_state(config, program: step.Program, fingerprint: str) -> step.State
         return program.init_state()
     if config.run.init_optimizer:
         state, meta = checkpoint.load_state(source, program.abstract_state)
-        _check_source(config, meta, fingerprint)
+        _check_tokenizer(source, meta, fingerprint)
+        _check_function(config, meta)
         return state
     state = program.init_state()
     params, meta, _ = checkpoint.load_params(source, tuple(state["params"]))
-    _check_source(config, meta, fingerprint)
+    _check_tokenizer(source, meta, fingerprint)
     params = model.unstack_layers(params)
     if config.model.scan_layers:
         params = model.stack_layers(params)
@@ -342,16 +344,18 @@ def initial_state(config, program: step.Program, fingerprint: str) -> step.State
                              if value != config.model[name])
             raise UserError(f"run.init_from={source}: {path} has shape {theirs.get(path, 'none')} there and "
                             f"{ours.get(path, 'none')} in this model: give the fields of that run, {other}.")
+    _check_function(config, meta)
     state["params"] = jax.tree.map(lambda x, old: jax.device_put(x, old.sharding), params, state["params"])
     return state
 
 
-def _check_source(config, meta: dict, fingerprint: str) -> None:
-    source, theirs = config.run.init_from, restored(meta["config"]).model
-    for name in model.differences(config.model, theirs):
-        raise UserError(f"model.{name}={config.model[name]} would read the parameters of run.init_from={source} as "
-                        f"another network, they were trained with {theirs[name]}: give "
-                        f"--config.model.{name}={theirs[name]}.")
+def _check_function(config, meta: dict) -> None:
+    for name, (mine, other) in model.differences(config.model, restored(meta["config"]).model).items():
+        raise UserError(f"model.{name}={mine} would read the parameters of run.init_from={config.run.init_from} as "
+                        f"another network, they were trained with {other}: give --config.model.{name}={other}.")
+
+
+def _check_tokenizer(source: str, meta: dict, fingerprint: str) -> None:
     if meta["tokenizer"] != fingerprint:
         raise UserError(f"run.init_from={source} was trained with another tokenizer than that of the token store: "
                         "prepare the data with data.tokenizer set to that run's tokenizer.")

@@ -56,14 +56,14 @@ def generator_architecture(model) -> Architecture:
     )
 
 
-def differences(ours, theirs) -> list[str]:
-    """Returns the fields in which two `model` sections make different functions of parameters of equal shapes."""
+def differences(ours, theirs) -> dict[str, tuple[Any, Any]]:
+    """Returns the fields, with both values, in which two `model` sections make different functions of parameters of
+    equal shapes."""
     names = ["num_heads", "norm", "positions", "layer_norm_eps"]
     names += ["rotary_theta"] if ours["positions"] == "rotary" else []
-    found = [name for name in names if ours[name] != theirs[name]]
-    if not found and generator_architecture(ours).num_heads != generator_architecture(theirs).num_heads:
-        found.append("generator_heads")
-    return found
+    values = {name: (ours[name], theirs[name]) for name in names}
+    values["generator_heads"] = tuple(generator_architecture(model).num_heads for model in (ours, theirs))
+    return {name: (mine, other) for name, (mine, other) in values.items() if mine != other}
 
 
 class Embeddings(nn.Module):

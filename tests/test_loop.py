@@ -120,7 +120,7 @@ def test_a_gradient_that_is_no_number_in_the_last_step_is_not_saved_as_a_finishe
 
     monkeypatch.setattr(loop.Interval, "read", broken)
     one = run(store, tmp_path, optimizer__steps=4)
-    with pytest.raises(config.UserError, match="gradient's norm is nan at step 4: lower optimizer.learning_rate"):
+    with pytest.raises(config.UserError, match=r"gradient's norm is nan at step 4: lower optimizer\.learning_rate"):
         one.go()
     assert not list((tmp_path / "checkpoints").iterdir())
 
