@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 from electra_jax.config import UserError
 from electra_jax.data.tokenizer import Tokenizer
-from electra_jax.tasks.text import Record, TextTask, make_rows, read_table, to_class, to_score
+from electra_jax.tasks.tables import Record, read_table
+from electra_jax.tasks.text import TextTask, make_rows, to_class, to_score
 
 _FIELD = "task.data_dir"
 _TRAIN = ("train.tsv", "msr_paraphrase_train.txt")    # one of them is in a task's folder

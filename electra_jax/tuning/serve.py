@@ -19,7 +19,7 @@ from electra_jax.data.tokenizer import Tokenizer, tokenizer_from_files
 from electra_jax.interop import huggingface, names, workdir
 from electra_jax.pretrained import Pretrained
 from electra_jax.tasks.base import Feature, Task
-from electra_jax.tasks.text import json_rows, table_rows
+from electra_jax.tasks.tables import json_rows, table_rows
 from electra_jax.tuning import run, step
 
 
