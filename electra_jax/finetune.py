@@ -33,10 +33,12 @@ def main(config, workdir: str) -> int:
     pretrained = electra_jax.load_discriminator(config.init_from)
     runtime.enable_compilation_cache(config.run.compilation_cache)
     makers = tasks.makers(config, pretrained.tokenizer)
+    checksums = tasks.checksums(config)
     print(f"fine-tuning {config.init_from}{' (random parameters)' if config.init_random else ''}: "
           f"{', '.join(makers)}, {config.run.seeds} seed{'s' * (config.run.seeds > 1)} each, in {workdir}", flush=True)
     try:
-        many.report(many.run_all(config, workdir, pretrained, makers), workdir)
+        many.run_all(config, workdir, pretrained, makers, checksums)
+        many.report(config, workdir, tuple(makers))
     except Stopped:
         print("stopped; finished runs are kept, the same command does the others", flush=True)
     return 0

@@ -313,6 +313,70 @@ def test_runs_of_other_settings_are_refused_in_the_same_workdir(world, straight,
     assert (stamps(straight), (straight / "settings.json").read_bytes()) == before
 
 
+@pytest.fixture
+def finished_text(world, tmp_path) -> tuple[Path, list[str], dict[str, Path]]:
+    """(workdir, flags, files by split) of a finished run on the user's own files."""
+    files = {split: write(tmp_path / f"{split}.tsv", [("text", "label"), *sentences(40, seed)])
+             for seed, split in enumerate(("train", "dev"))}
+    flags = [f"--config.task.{split}={file}" for split, file in files.items()]
+    flags += ["--config.run.max_steps=1", "--config.run.save=False"]
+    tune(world, tmp_path / "run", *flags, config="text.py")
+    return tmp_path / "run", flags, files
+
+
+@pytest.mark.parametrize("split", ["train", "dev"])
+def test_runs_of_changed_data_are_refused_in_the_same_workdir(world, finished_text, capsys, split):
+    workdir, flags, files = finished_text
+    content = files[split].read_bytes()
+    files[split].write_bytes(content.replace(b"good", b"fine"))
+    tune(world, workdir, *flags, "--config.run.seeds=2", config="text.py", code=2)
+    error = capsys.readouterr().err
+    assert f"text: the data ({split}) have changed" in error and "another --workdir" in error
+    assert error.count("\n") == 1 and not (workdir / "text/seed-1").exists()
+    files[split].write_bytes(content)
+    assert len(tune(world, workdir, *flags, "--config.run.seeds=2", config="text.py")["runs"]) == 2
+
+
+def test_settings_of_before_checksums_are_taken_and_other_tasks_data_are_free(world, finished_text):
+    workdir, flags, files = finished_text
+    settings = json.loads((workdir / "settings.json").read_text())
+    assert settings["contents"]["text"].keys() == {"train", "dev"}
+    (workdir / "settings.json").write_text(json.dumps({k: v for k, v in settings.items() if k != "contents"}))
+    tune(world, workdir, *flags, config="text.py")
+    assert json.loads((workdir / "settings.json").read_text()) == settings
+    files["train"].write_text("text\tlabel\n" + "good\t1\nbad\t0\n" * 20)
+    assert len(tune(world, workdir, *flags, "--config.task.name=other", config="text.py")["runs"]) == 2
+
+
+def test_fewer_seeds_and_tasks_leave_the_others_in_the_table(world, straight, tmp_path, capsys):
+    shutil.copytree(straight, tmp_path / "run")
+    flags = ["--config.optimizer.epochs=2", "--config.run.tasks=mrpc", "--config.run.seeds=1"]
+    results = tune(world, tmp_path / "run", *flags)
+    assert [(r["task"], r["seed"]) for r in results["runs"]] == [("mrpc", 0), ("mrpc", 1), ("cola", 0), ("cola", 1)]
+    assert f"3 of the 4 runs in the table were not asked for now, but finished in {tmp_path}" in capsys.readouterr().out
+    assert (tmp_path / "run/results.csv").read_text().count("\n") == 5
+
+
+@pytest.mark.parametrize("content", ["{}", '{"task": "sst2", "seed": 0, "metric": "accuracy", "scores": [1]}', "[]"])
+def test_a_file_that_is_no_result_is_named_before_any_training(world, tmp_path, capsys, content):
+    file = tmp_path / "sst2/seed-1/result.json"
+    file.parent.mkdir(parents=True)
+    file.write_text(content)
+    tune(world, tmp_path, "--config.run.seeds=2", code=2)
+    error = capsys.readouterr().err
+    assert str(file) in error and error.count("\n") == 1 and not (tmp_path / "sst2/seed-0").exists()
+
+
+def test_a_task_without_data_is_found_before_the_first_run(world, tmp_path, capsys):
+    tune(world, tmp_path, "--config.run.tasks=cola,wnli", code=2)
+    error = capsys.readouterr().err
+    assert "neither WNLI/train.tsv nor train.tsv" in error and error.count("\n") == 1
+    assert not (tmp_path / "cola").exists()
+    write(tmp_path / "glue/CoLA/train.tsv", [("x", 1, "", "good")])
+    tune(world, tmp_path / "run", f"--config.task.data_dir={tmp_path}/glue", "--config.task.name=cola", code=2)
+    assert "CoLA/dev.tsv cannot be read (No such file" in capsys.readouterr().err
+
+
 def test_a_mistake_before_the_first_result_may_be_mended_in_the_same_workdir(world, tmp_path, capsys):
     tune(world, tmp_path, "--config.data.seq_len=128", code=2)
     assert "data.seq_len=128 exceeds the 64 positions" in capsys.readouterr().err
@@ -618,6 +682,7 @@ BAD = [
     ("glue.py:sst2", ["--config.task.data_dir="], "task.data_dir is empty"),
     ("glue.py", ["--config.run.tasks=all", "--config.task.data_dir=/no/data"], "task.data_dir=/no/data"),
     ("glue.py", ["--config.run.tasks=cola,snli"], "'snli'"),
+    ("glue.py", ["--config.run.tasks=cola,all"], "run.tasks=cola,all: all stands alone"),
     ("glue.py", ["--config.task.name=snli"], "'snli'"),
     ("glue.py:snli", [], "snli"),
     ("text.py", ["--config.run.tasks=cola", "--config.task.train={good}"], "run.tasks='cola'"),

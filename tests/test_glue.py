@@ -216,10 +216,12 @@ def test_mrpc_as_microsoft_publishes_it_is_divided_by_glues_list(tmp_path, token
     (tmp_path / "msr_paraphrase_train.txt").write_text(
         header + '1\t11\t12\tone "two\tthree\r\n0\t13\t14\tfour\tfive\r\n1\t12\t11\ttwo\tsix\r\n', newline="")
     (tmp_path / "msr_paraphrase_test.txt").write_text(header + "1\t15\t16\tsix\tone\r\n", newline="")
-    with pytest.raises(UserError) as error:
-        glue.load("mrpc", tokenizer, 32, tmp_path)
-    assert "dev_ids.tsv" in one_line(error)
+    for use in (lambda: glue.load("mrpc", tokenizer, 32, tmp_path), lambda: glue.files("mrpc", tmp_path)):
+        with pytest.raises(UserError) as error:
+            use()
+        assert "dev_ids.tsv" in one_line(error)
     (tmp_path / "dev_ids.tsv").write_text("13\t14\n11\t13\n")
+    assert [*glue.files("mrpc", tmp_path)] == ["msr_paraphrase_train.txt", "dev_ids.tsv", "msr_paraphrase_test.txt"]
     task = glue.load("mrpc", tokenizer, 32, tmp_path, double_unordered=False)
     assert first(task, "train") == ['[CLS] one " two [SEP] three [SEP]', "[CLS] two [SEP] six [SEP]"]
     assert first(task, "dev") == ["[CLS] four [SEP] five [SEP]"]
@@ -309,13 +311,16 @@ def test_tfds_gives_the_same_as_the_files_in_glues_order_without_tensorflow(prep
             lengths = [len(f.input_ids) for f in task.features(split)]
             assert lengths == sorted(lengths) and len(lengths) == 12
         assert all(f.targets == {} for f in task.features("test"))
+        files = glue.files(name, f"tfds:{prepared}")
+        assert sum("array_record" in file for file in files) == len(task.splits())
     assert "tensorflow" not in sys.modules
 
 
 def test_tfds_that_cannot_be_opened_is_one_line(prepared, tokenizer):
-    with pytest.raises(UserError) as error:
-        glue.load("rte", tokenizer, 32, f"tfds:{prepared}")
-    assert f"task.data_dir=tfds:{prepared}: tfds cannot open glue/rte" in one_line(error)
+    for use in (lambda where: glue.load("rte", tokenizer, 32, where), lambda where: glue.files("rte", where)):
+        with pytest.raises(UserError) as error:
+            use(f"tfds:{prepared}")
+        assert f"task.data_dir=tfds:{prepared}: tfds cannot open glue/rte" in one_line(error)
 
 
 # --- The real thing -----------------------------------------------------------------------------

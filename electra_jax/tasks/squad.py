@@ -354,18 +354,26 @@ def from_config(config: Mapping[str, Any], tokenizer: Tokenizer, seq_len: int) -
     leaves no room for a context.
     """
     task = SquadTask(tokenizer, seq_len, {name: config.get(name, default) for name, default in _DEFAULTS.items()})
-    folder = config.get("data_dir")
+    for split, (field, path) in files(config).items():
+        task.load(split, field, path)
+    return task
+
+
+def files(config: Mapping[str, Any]) -> dict[str, tuple[str, Any]]:
+    """Returns field and path of each split's file; raises UserError where none is given."""
+    found, folder = {}, config.get("data_dir")
     for split in ("train", "dev", "test"):
         field, path = f"task.{split}", config.get(split)
         if not path and folder:
-            field, path = "task.data_dir", Path(folder).expanduser() / f"{split}-{task.options['version']}.json"
+            version = config.get("version", _DEFAULTS["version"])
+            field, path = "task.data_dir", Path(folder).expanduser() / f"{split}-{version}.json"
             if split == "test" and not path.exists():
                 continue
         if path:
-            task.load(split, field, path)
+            found[split] = field, path
         elif split != "test":
             raise UserError(f"task.{split} is empty and so is task.data_dir: give one of them.")
-    return task
+    return found
 
 
 def restore(spec: Mapping[str, Any], tokenizer: Tokenizer) -> SquadTask:

@@ -164,6 +164,8 @@ def validate(config: ml_collections.ConfigDict) -> None:
         for name in filter(None, map(str.strip, (config.run.tasks or config.task.name).split(","))):
             if name not in (*GLUE, *["all"] * bool(config.run.tasks)):
                 raise UserError(f"task {name!r} is not one of {', '.join(GLUE)}: mend task.name or run.tasks.")
+            if name == "all" and config.run.tasks.strip(" ,") != "all":
+                raise UserError(f"run.tasks={config.run.tasks}: all stands alone: name the tasks, or give only all.")
     elif not re.fullmatch(r"\w[\w.-]*", config.task.name):
         raise UserError(f"task.name={config.task.name!r} cannot name a folder: give letters, digits, - and _.")
     elif config.run.tasks:
