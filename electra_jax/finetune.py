@@ -26,7 +26,7 @@ def main(config, workdir: str) -> int:
     import electra_jax
     from electra_jax import runtime, tasks
     from electra_jax.tuning import many
-    from electra_jax.tuning.run import Stopped
+    from electra_jax.tuning.run import Diverged, Stopped
 
     runtime.quiet_logging()
     runtime.check_writable(workdir)
@@ -39,6 +39,10 @@ def main(config, workdir: str) -> int:
     try:
         many.run_all(config, workdir, pretrained, makers, checksums)
         many.report(config, workdir, tuple(makers))
+    except Diverged:    # no other command with these settings would get to the table
+        if many.finished(workdir):
+            many.report(config, workdir, tuple(makers))
+        raise
     except Stopped:
         print("stopped; finished runs are kept, the same command does the others", flush=True)
     return 0

@@ -377,6 +377,46 @@ def test_a_task_without_data_is_found_before_the_first_run(world, tmp_path, caps
     assert "CoLA/dev.tsv cannot be read (No such file" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("what", "place"), [
+    ("file", "sst2"), ("link", "sst2"), ("file", "sst2/seed-0"), ("folder", "results.json"), ("folder", "results.csv"),
+    ("folder", "results.png"), ("folder", "settings.json"),
+])
+def test_what_is_in_the_way_of_a_run_is_named(world, tmp_path, capsys, what, place):
+    (tmp_path / place).parent.mkdir(exist_ok=True)
+    {"file": lambda p: p.write_text(""), "folder": Path.mkdir, "link": lambda p: p.symlink_to("nowhere")}[what](
+        tmp_path / place)
+    tune(world, tmp_path, "--config.run.max_steps=1", "--config.run.save=False", code=2)
+    error = capsys.readouterr().err
+    reason = error.partition(f"--workdir={tmp_path} cannot be written (")[2]
+    assert str(tmp_path / place) in reason and error.count("\n") == 1
+
+
+def test_a_loss_of_nan_names_a_way_out_and_leaves_the_table_of_the_finished_runs(world, tmp_path, monkeypatch, capsys):
+    flags = ["--config.run.seeds=2", "--config.run.max_steps=1", "--config.run.save=False"]
+    log = run_lib.Run._log
+
+    def diverging(self, now, losses, *args):
+        return log(self, now, losses if self.seed == 0 else [{"loss": np.float32("nan")}], *args)
+
+    monkeypatch.setattr(run_lib.Run, "_log", diverging)
+    tune(world, tmp_path / "run", *flags, code=2)
+    error = capsys.readouterr().err
+    assert "the loss is nan at step 1 of sst2 seed 1: lower optimizer.learning_rate=0.003, with another" in error
+    assert error.count("\n") == 1
+    assert [r["seed"] for r in json.loads((tmp_path / "run/results.json").read_text())["runs"]] == [0]
+
+
+def test_a_checkpoint_that_was_not_kept_is_not_promised(world, tmp_path, capsys):
+    tune(world, tmp_path, "--config.run.max_steps=1", "--config.run.save=False")
+    assert "run.save" not in capsys.readouterr().out
+    tune(world, tmp_path, "--config.run.max_steps=1")
+    remedy = f"remove {tmp_path}/sst2/seed-0/result.json and give the same command again"
+    assert f"sst2: 1 of them with run.save=False, without a checkpoint: to get one, {remedy}" in capsys.readouterr().out
+    (tmp_path / "sst2/seed-0/result.json").unlink()
+    tune(world, tmp_path, "--config.run.max_steps=1")
+    assert (tmp_path / "sst2/seed-0/checkpoints").exists() and "run.save" not in capsys.readouterr().out
+
+
 def test_a_mistake_before_the_first_result_may_be_mended_in_the_same_workdir(world, tmp_path, capsys):
     tune(world, tmp_path, "--config.data.seq_len=128", code=2)
     assert "data.seq_len=128 exceeds the 64 positions" in capsys.readouterr().err
@@ -687,6 +727,7 @@ BAD = [
     ("glue.py:snli", [], "snli"),
     ("text.py", ["--config.run.tasks=cola", "--config.task.train={good}"], "run.tasks='cola'"),
     ("text.py", ["--config.task.name=a/b", "--config.task.train={good}"], "task.name='a/b'"),
+    ("text.py", [f"--config.task.name={'a' * 300}", "--config.task.train={good}"], "200 bytes at most"),
     ("text.py", [], "task.train is empty"),
     ("text.py", ["--config.task.train={good}", "--config.task.text=review"], "task.text=review"),
     ("text.py", ["--config.task.train={good}", "--config.task.label=stars"], "task.label=stars"),

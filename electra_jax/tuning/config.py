@@ -166,8 +166,9 @@ def validate(config: ml_collections.ConfigDict) -> None:
                 raise UserError(f"task {name!r} is not one of {', '.join(GLUE)}: mend task.name or run.tasks.")
             if name == "all" and config.run.tasks.strip(" ,") != "all":
                 raise UserError(f"run.tasks={config.run.tasks}: all stands alone: name the tasks, or give only all.")
-    elif not re.fullmatch(r"\w[\w.-]*", config.task.name):
-        raise UserError(f"task.name={config.task.name!r} cannot name a folder: give letters, digits, - and _.")
+    elif not re.fullmatch(r"\w[\w.-]*", config.task.name) or len(config.task.name.encode()) > 200:    # of 255 bytes
+        raise UserError(f"task.name={config.task.name!r} cannot name a folder: give letters, digits, - and _, 200 "
+                        "bytes at most.")
     elif config.run.tasks:
         raise UserError(f"run.tasks={config.run.tasks!r} is for GLUE, but task.kind={config.task.kind}: set it to ''.")
     if config.model.attention == "cudnn" and (config.model.attention_dropout or config.model.dtype != "bfloat16"):

@@ -1,5 +1,6 @@
 """Many runs as one command: every task with every seed, finished ones kept, and the table of what they scored."""
 
+import contextlib
 import csv
 import io
 import math
@@ -40,6 +41,9 @@ def run_all(config, workdir: Path, pretrained: Pretrained, tasks: dict[str, Call
         raise UserError(f"data.batch_size={config.data.batch_size} does not divide by mesh.data x mesh.fsdp = "
                         f"{shards}: change data.batch_size to a multiple of {shards}.")
     _check_same_settings(config, workdir, pretrained, checksums)
+    with _writing(workdir):
+        for name in tasks:
+            (workdir / name).mkdir(exist_ok=True)
     with runtime.StopSignal("finished runs are kept") as stop, runtime.Watchdog() as watchdog:
         for name, make_task in tasks.items():
             folders = {seed: workdir / name / f"seed-{seed}" for seed in
@@ -48,7 +52,8 @@ def run_all(config, workdir: Path, pretrained: Pretrained, tasks: dict[str, Call
             task = None if len(done) == len(folders) else make_task()
             for seed, folder in folders.items():
                 if seed not in done:
-                    folder.mkdir(parents=True, exist_ok=True)
+                    with _writing(workdir):
+                        folder.mkdir(exist_ok=True)
                     program = run_lib.make_program(pretrained, task, config, mesh)
                     run = run_lib.Run(config, pretrained, task, program, seed, folder, f"{name} seed {seed}")
                     run.go(stop, watchdog)
@@ -56,6 +61,10 @@ def run_all(config, workdir: Path, pretrained: Pretrained, tasks: dict[str, Call
                     raise run_lib.Stopped
             if done:
                 print(f"{name}: {len(done)} of {len(folders)} runs were finished already", flush=True)
+                lacking = [folders[seed] for seed in sorted(done) if not (folders[seed] / "checkpoints").exists()]
+                if config.run.save and lacking:
+                    print(f"{name}: {len(lacking)} of them with run.save=False, without a checkpoint: to get one, "
+                          f"remove {lacking[0]}/result.json and give the same command again", flush=True)
 
 
 def finished(workdir: Path, first: Sequence[str] = ()) -> list[dict[str, Any]]:
@@ -64,6 +73,16 @@ def finished(workdir: Path, first: Sequence[str] = ()) -> list[dict[str, Any]]:
     files = sorted(workdir.glob("*/seed-*/result.json"), key=lambda file: (
         order.get(file.parts[-3], len(order)), file.parts[-3], len(file.parts[-2]), file.parts[-2]))
     return [_result(file) for file in files]
+
+
+@contextlib.contextmanager
+def _writing(workdir: Path):
+    try:
+        yield
+    except OSError as error:
+        what = f"{error.filename}: {error.strerror}" if error.filename else error
+        raise UserError(f"--workdir={workdir} cannot be written ({what}): remove what is there, make room, or give "
+                        "another --workdir.") from error
 
 
 def _result(file: Path) -> dict[str, Any]:
@@ -99,7 +118,8 @@ def _check_same_settings(config, workdir: Path, pretrained: Pretrained, checksum
                     raise UserError(f"{task}: the data ({name}) have changed since the runs of {workdir}: give another "
                                     "--workdir.")
         contents = before | contents
-    runtime.write_json_atomic(file, settings | {"contents": contents})
+    with _writing(workdir):
+        runtime.write_json_atomic(file, settings | {"contents": contents})
 
 
 def _flat(fields: dict, prefix: str = "") -> dict[str, Any]:
@@ -160,14 +180,15 @@ def report(config, workdir: Path, names: Sequence[str]) -> None:
     rich.console.Console().print(table)
     # JSON has no NaN, which is the deviation of one run.
     plain = [{name: None if value != value else value for name, value in row.items()} for row in rows]
-    runtime.write_json_atomic(workdir / "results.json", {"summary": plain, "runs": results})
     text = io.StringIO()
     writer = csv.DictWriter(text, _COLUMNS, lineterminator="\n")
     writer.writeheader()
     writer.writerows(plain)
-    (workdir / "results.csv").write_text(text.getvalue())
-    (workdir / "results.md").write_text(markdown(rows))
-    plot(results, workdir / "results.png")
+    with _writing(workdir):
+        runtime.write_json_atomic(workdir / "results.json", {"summary": plain, "runs": results})
+        (workdir / "results.csv").write_text(text.getvalue())
+        (workdir / "results.md").write_text(markdown(rows))
+        plot(results, workdir / "results.png")
     print(f"results      {workdir}/results.{{json,csv,md,png}}, predictions in {workdir}/TASK/seed-N/predictions")
 
 

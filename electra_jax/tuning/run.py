@@ -22,6 +22,10 @@ from electra_jax.tuning.config import epochs
 from electra_jax.tuning.heads import Head
 
 
+class Diverged(UserError):
+    """A loss that is no number any more."""
+
+
 class Stopped(Exception):
     """A signal asked for the end; the run is not finished."""
 
@@ -172,8 +176,9 @@ class Run:
     def _log(self, now: int, losses: list, throughput, rate: float, writer, progress) -> float:
         values = {name: float(np.mean([s[name] for s in jax.device_get(losses)])) for name in losses[0]}
         if not np.isfinite(values["loss"]):
-            raise UserError(f"the loss is {values['loss']} at step {now} of {self.title}: lower "
-                            f"optimizer.learning_rate={self.config.optimizer.learning_rate}.")
+            raise Diverged(f"the loss is {values['loss']} at step {now} of {self.title}: lower optimizer.learning_rate="
+                           f"{self.config.optimizer.learning_rate}, with another --workdir if this one holds finished "
+                           "runs.")
         rates = throughput.read()
         values |= {"learning_rate": rate} | rates
         writer.write(now, values)
