@@ -8,7 +8,7 @@ import pytest
 
 from electra_jax.config import UserError
 from electra_jax.data.tokenizer import load_tokenizer
-from electra_jax.tasks import text
+from electra_jax.tasks import scores, text
 from electra_jax.tasks.text import Row, TextTask, from_config, read_table, restore
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -274,14 +274,26 @@ def test_outputs_that_do_not_match_the_features_are_refused(tokenizer, tmp_path)
             use()
 
 
-def test_predictions_of_labelled_splits_show_the_label_and_quote_what_would_break_a_line(tokenizer, tmp_path):
-    task = pair_task(tokenizer, labels=("no", "y\tes"))
+def test_predictions_of_labelled_splits_show_the_label_without_quotes_and_with_spaces_for_tabs(tokenizer, tmp_path):
+    task = pair_task(tokenizer, labels=('"no"', "y\te\r\ns"))
     task.write_predictions("train", logits(0, 0), tmp_path / "new")
-    assert (tmp_path / "new" / "pairs-train.tsv").read_text() == \
-        'index\tprediction\tlabel\n0\tno\t"y\tes"\n1\tno\tno\n'
-    task = pair_task(tokenizer, labels=(), metrics=("pearson",), low=0.0, high=5.0, clip=True)
-    task.write_predictions("train", [{"score": 1.5}, {"score": np.float32(0.3)}], tmp_path)
-    assert (tmp_path / "pairs-train.tsv").read_text() == "index\tprediction\tlabel\n0\t5\t1\n1\t1.5\t0\n"
+    assert (tmp_path / "new" / "pairs-train.tsv").read_bytes() == \
+        b'index\tprediction\tlabel\n0\t"no"\ty e  s\n1\t"no"\t"no"\n'
+
+
+def test_scores_in_a_file_are_those_that_were_scored_and_only_submissions_are_clipped(tokenizer, tmp_path):
+    rows = [Row(("good", "film"), label, i) for i, label in enumerate((4.0, 5.0, 1.0))]
+    task = pair_task(tokenizer, labels=(), metrics=("spearman", "pearson"), low=0.0, high=5.0, clip=True, rows={
+        "dev": rows, "test": [row._replace(label=None) for row in rows]})
+    outputs = [{"score": x} for x in (1.01, np.float32(1.5), -0.3)]
+    task.write_predictions("dev", outputs, tmp_path)
+    written = [line.split("\t") for line in (tmp_path / "pairs-dev.tsv").read_text().splitlines()[1:]]
+    assert [line[1:] for line in written] == [["5.05", "4"], ["7.5", "5"], ["-1.5", "1"]]
+    labels, predicted = [row.label for row in rows], [float(line[1]) for line in written]
+    assert task.score("dev", outputs) == {name: pytest.approx(scores.METRICS[name](labels, predicted))
+                                          for name in ("spearman", "pearson")}
+    task.write_predictions("test", outputs, tmp_path)
+    assert (tmp_path / "pairs-test.tsv").read_text() == "index\tprediction\n0\t5\n1\t5\n2\t0\n"
 
 
 def test_a_task_comes_back_from_its_spec_as_json_and_answers_the_same(tokenizer):

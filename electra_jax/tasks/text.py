@@ -1,7 +1,7 @@
 """Classes or scores for one text or two: the user's own tables here, GLUE's in `tasks.glue`."""
 
-import csv
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -75,16 +75,20 @@ class TextTask(Task):
         return {name: scores.METRICS[name](true, predicted) for name in self.metrics}
 
     def write_predictions(self, split: str, outputs: Sequence[Outputs], folder: Path) -> None:
-        """Writes index and prediction of every row, and its label where that is known, tab separated."""
+        """Writes index and prediction of every row, and its label where that is known, tab separated without quotes.
+
+        Scores are as `score` takes them, as in GLUE's own evaluation; only in submissions, of test, are they clipped.
+        """
         rows, predicted = self._rows[split], self._predicted(outputs)
         known = all(row.label is not None for row in rows)
         Path(folder).mkdir(parents=True, exist_ok=True)
+        if split.startswith("test"):
+            predicted = map(self._clipped, predicted)
         with open(Path(folder) / self._files.get(split, f"{self.name}-{split}.tsv"), "w", encoding="utf-8") as file:
-            writer = csv.writer(file, delimiter="\t", lineterminator="\n")
-            writer.writerow(["index", "prediction", "label"][:2 + known])
+            file.write("\t".join(["index", "prediction", "label"][:2 + known]) + "\n")
             for row, value in zip(rows, predicted, strict=True):
                 label = [self._spell(row.label)] if known else []
-                writer.writerow([row.index, self._spell(self._clipped(value)), *label])
+                file.write("\t".join([str(row.index), self._spell(value), *label]) + "\n")
 
     def spec(self) -> dict[str, Any]:
         return {"kind": "text", "name": self.name, "seq_len": self.seq_len, "columns": list(self._columns),
@@ -141,7 +145,7 @@ class TextTask(Task):
         return min(max(value, self._low), self._high) if self._clip else value
 
     def _spell(self, value) -> str:
-        return self.labels[value] if self.labels else f"{value:.6g}"
+        return re.sub(r"[\t\n\r]", " ", self.labels[value]) if self.labels else f"{value:.6g}"
 
 
 def restore(spec: Mapping[str, Any], tokenizer: Tokenizer) -> TextTask:
