@@ -116,6 +116,12 @@ def test_test_files_are_not_needed(tmp_path, tokenizer):
         assert glue.load(name, tokenizer, 32, tmp_path).splits() == splits
 
 
+def test_a_test_file_may_have_placeholders_for_labels(tmp_path, tokenizer):
+    write_task(tmp_path, "rte")
+    (tmp_path / "test.tsv").write_text("index\tsentence1\tsentence2\tlabel\n0\ta\tb\t-1\n")
+    assert glue.load("rte", tokenizer, 32, tmp_path).features("test")[0].targets == {}
+
+
 def test_present_finds_the_tasks_whose_files_are_there(tmp_path, prepared):
     for name in ("wnli", "cola"):
         write_task(tmp_path / glue.TASKS[name].folder, name)

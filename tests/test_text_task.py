@@ -134,8 +134,29 @@ def test_label_type_decides_between_classes_and_scores(tmp_path, tokenizer):
                 for kind in ("auto", "class", "score")]
     assert heads([1, 2, 3]) == ["classification", "classification", "regression"]
     assert heads(["1.0", "2.5", "3"]) == ["regression", "classification", "regression"]
-    file = table(tmp_path, ["1.5", "nan", "2"])    # a class called nan
-    assert from_config(config(file), tokenizer, 16, 0).labels == ("1.5", "2", "nan")
+    for file in (table(tmp_path, ["1.5", "nan", "N/A"]), table(tmp_path, ["v1.5", "2.5", "3.5", "x", "y"])):
+        assert from_config(config(file), tokenizer, 16, 0).head == "classification"
+
+
+def test_what_was_found_is_told_and_scores_with_a_few_words_between_them_are_refused(tmp_path, tokenizer, capsys):
+    from_config(config(table(tmp_path, ["0.5", "-1", "3.9"])), tokenizer, 16, 0)
+    assert capsys.readouterr().out == "task.label=label: scores from -1 to 3.9\n"
+    from_config(config(table(tmp_path, "cab")), tokenizer, 16, 0)
+    assert capsys.readouterr().out == "task.label=label: 3 classes: a, b, c\n"
+    labels = [f"{i / 10:.1f}" for i in range(40)]
+    for odd in ("N/A", "nan"):
+        file = table(tmp_path, [*labels, odd, odd, *labels])
+        with pytest.raises(UserError) as error:
+            from_config(config(file), tokenizer, 16, 0)
+        assert f"task.train: {file}:42: label '{odd}' is not a number, but most of the 41 different" in one_line(error)
+        assert "task.label_type=class" in str(error.value)
+        assert len(from_config(config(file, label_type="class"), tokenizer, 16, 0).labels) == 41
+
+
+def test_a_whole_number_is_one_class_however_json_spells_it(tmp_path, tokenizer):
+    rows = [{"text": "good", "label": label} for label in (1, 1.0, 0, 0.0, "1")]
+    file = write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, rows)))
+    assert from_config(config(file), tokenizer, 16, 0).labels == ("0", "1")
 
 
 def test_metrics_follow_the_kind_of_label(tmp_path, tokenizer):
@@ -175,7 +196,7 @@ def test_an_empty_dev_holds_out_a_tenth_of_train_the_same_for_a_seed(tmp_path, t
                                                                 for i in range(100)))
     task = from_config(config(file, dev=""), tokenizer, 16, 3)
     printed = capsys.readouterr().out
-    assert printed.count("\n") == 1 and "10 of 100 rows" in printed and file in printed and "seed 3" in printed
+    assert printed.count("\n") == 2 and "10 of 100 rows" in printed and file in printed and "seed 3" in printed
     rows = {split: [tuple(f.input_ids) for f in task.features(split)] for split in task.splits()}
     assert list(rows) == ["train", "dev"] and (len(rows["train"]), len(rows["dev"])) == (90, 10)
     assert len(set(rows["train"] + rows["dev"])) == 100
@@ -192,7 +213,8 @@ def test_a_class_that_is_all_held_out_is_still_known(tmp_path, tokenizer):
 
 def test_a_test_file_needs_no_labels(tmp_path, tokenizer):
     train = table(tmp_path, "ab")
-    for content in ("text\ngood\n\nfilm\n", "text\tlabel\ngood\t\nfilm\t\n", "text\tlabel\ngood\ta\nfilm\t\n"):
+    for content in ("text\ngood\n\nfilm\n", "text\tlabel\ngood\t\nfilm\t\n", "text\tlabel\ngood\ta\nfilm\t\n",
+                    "text\tlabel\ngood\t-1\nfilm\t-1\n"):
         test = write(tmp_path / "test.tsv", content)
         task = from_config(config(train, test=test), tokenizer, 16, 0)
         assert task.splits() == ("train", "dev", "test") and task.features("test")[1].targets == {}

@@ -70,7 +70,9 @@ def load(name: str, tokenizer: Tokenizer, seq_len: int, data_dir: str, double_un
         records = _from_tfds(name, spec, splits, where)
     else:
         records = _from_files(name, spec, splits, _folder(spec, data_dir))
-    rows = {split: _rows(spec, found, source) for split, (found, source) in records.items()}
+    to_label = to_class(spec.labels) if spec.labels else _score
+    rows = {split: make_rows(found, to_label, source, not split.startswith("test"))
+            for split, (found, source) in records.items()}
     return TextTask(name, tokenizer, seq_len, spec.columns, spec.labels, spec.metrics, rows, low=0.0,
                     high=1.0 if spec.labels else 5.0, clip=not spec.labels, swap=double_unordered and spec.unordered,
                     files={split: _predictions_file(name, spec, split) for split in rows})
@@ -106,10 +108,6 @@ def present(data_dir: str) -> list[str]:
         raise UserError(f"{_FIELD}={data_dir}: {root} holds no task of GLUE: give the folder that holds CoLA/, SST-2/, "
                         "..., or one that TensorFlow Datasets has prepared.")
     return found
-
-
-def _rows(spec: Spec, records: list[Record], source: str) -> list:
-    return make_rows(records, to_class(spec.labels) if spec.labels else _score, source)
 
 
 def _score(label: str) -> float:

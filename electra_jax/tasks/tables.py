@@ -59,6 +59,8 @@ def read_table(path, field: str, columns: Mapping[str, str], header: bool = True
             if not isinstance(value, str):
                 raise UserError(f"{where}:{line}: {name}={column} holds no string but {json.dumps(value)[:40]}: "
                                 "correct the row, or remove it.")
+        if isinstance(label, float) and label.is_integer() and abs(label) < 2**53:
+            label = int(label)    # 1.0 is the class 1, written by another program
         label = label if isinstance(label, str) else "" if label is None else json.dumps(label)
         if need_label and not label.strip():
             raise UserError(f"{where}:{line} has an empty label: fill it in, or remove the row.")

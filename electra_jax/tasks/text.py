@@ -160,8 +160,9 @@ def from_config(task: Mapping[str, Any], tokenizer: Tokenizer, seq_len: int, see
     `task` has `train`, `dev`, `test` (paths; "" for dev holds out 10 % of train, drawn with `seed`, for test is none),
     `text`, `text_pair` ("" if there is one text), `label`: names of columns, or their numbers from 0 in tables without
     a header; `label_type` "class", "score" or "auto" (score if the labels are numbers, and not all whole). Classes are
-    those of train, sorted. Raises UserError for what `read_table` does, for labels that train has not, for labels that
-    do not differ and for an unknown `label_type`.
+    those of train, sorted. Prints which labels were found. Raises UserError for what `read_table` does, for labels that
+    train has not, for labels that do not differ, for scores with a few labels between them that are no numbers (of
+    "auto"), and for an unknown `label_type`.
     """
     if task["label_type"] not in ("auto", "class", "score"):
         raise UserError(f"task.label_type={task['label_type']!r} is not one of auto, class, score.")
@@ -177,17 +178,19 @@ def from_config(task: Mapping[str, Any], tokenizer: Tokenizer, seq_len: int, see
     train, where = records["train"], f"task.train: {task['train']}"
     known = [record.label for record in train]
     numbers = [number(label) for label in known]
-    is_score = task["label_type"] == "score" or (
-        task["label_type"] == "auto" and None not in numbers and not all(n.is_integer() for n in numbers))
+    is_score = task["label_type"] == "score" or (task["label_type"] == "auto" and _are_scores(train, numbers, where))
     labels = [] if is_score else sort_labels(known)
     to_label = to_score if is_score else to_class(labels)
-    rows = {split: make_rows(found, to_label, f"task.{split}: {task[split]}") for split, found in records.items()}
+    rows = {split: make_rows(found, to_label, f"task.{split}: {task[split]}", split != "test")
+            for split, found in records.items()}
     if len(set(known) if not is_score else set(numbers)) < 2:
         raise UserError(f"task.label={task['label']}: all rows of {where} have the same label {known[0]!r}: "
                         "there is nothing to learn, name another column.")
     if "dev" not in rows:
         rows = _hold_out(rows, task["train"], seed)
     low, high = (min(numbers), max(numbers)) if is_score else (0.0, 1.0)
+    print(f"task.label={task['label']}: " + (f"scores from {low:g} to {high:g}" if is_score else
+                                             f"{len(labels)} classes: {_shown(labels)}"), flush=True)
     metrics = ["spearman", "pearson"] if is_score else ["accuracy", "macro_f1"]
     if len(labels) == 2:
         metrics += ["f1", "matthews"]
@@ -204,6 +207,21 @@ def _hold_out(rows: dict[str, list[Row]], path, seed: int) -> dict[str, list[Row
     return {"train": [row for i, row in enumerate(train) if i not in chosen],
             "dev": [row for i, row in enumerate(train) if i in chosen],
             **{split: found for split, found in rows.items() if split != "train"}}
+
+
+def _are_scores(train: Sequence[Record], numbers: Sequence[float | None], where: str) -> bool:
+    """Whether labels are scores: numbers, and not all whole; UserError where most are, but some are no numbers."""
+    if all(n is None or n.is_integer() for n in numbers):
+        return False
+    others = [record for record, n in zip(train, numbers, strict=True) if n is None]
+    distinct = {record.label for record in train}
+    if not others:
+        return True
+    if 2 * len({record.label for record in others}) < len(distinct):
+        raise UserError(f"{where}:{others[0].line}: label {others[0].label!r} is not a number, but most of the "
+                        f"{len(distinct)} different labels are: correct it, or remove the row, or set "
+                        "task.label_type=class.")
+    return False
 
 
 # --- Labels -------------------------------------------------------------------------------------
@@ -228,13 +246,16 @@ def sort_labels(found: Sequence[str]) -> list[str]:
 def to_class(labels: Sequence[str]) -> Callable[[str], int]:
     """Returns the function from a label to its number; ValueError, with a reason for the user, for an unknown one."""
     numbers = {label: i for i, label in enumerate(labels)}
-    shown = ", ".join(labels[:8]) + ", ..." * (len(labels) > 8)
 
     def convert(label: str) -> int:
         if label not in numbers:
-            raise ValueError(f"is none of the known labels ({shown})")
+            raise ValueError(f"is none of the known labels ({_shown(labels)})")
         return numbers[label]
     return convert
+
+
+def _shown(labels: Sequence[str]) -> str:
+    return ", ".join(labels[:8]) + ", ..." * (len(labels) > 8)
 
 
 def to_score(label: str) -> float:
@@ -245,13 +266,20 @@ def to_score(label: str) -> float:
     return value
 
 
-def make_rows(records: Sequence[Record], to_label: Callable, where: str) -> list[Row]:
-    """Returns the rows of one file, numbered from 0; raises UserError where a label is not what `to_label` takes."""
+def make_rows(records: Sequence[Record], to_label: Callable, where: str, need_label: bool = True) -> list[Row]:
+    """Returns the rows of one file, numbered from 0.
+
+    A label that `to_label` does not take raises UserError, or without `need_label` is unknown: test sets are published
+    with placeholders.
+    """
     rows = []
     for index, record in enumerate(records):
         try:
             label = None if record.label is None else to_label(record.label)
         except ValueError as error:
+            if not need_label:
+                rows.append(Row(record.texts, None, index))
+                continue
             raise UserError(f"{where}:{record.line}: label {record.label!r} {error}: correct it, or remove the "
                             "row.") from error
         rows.append(Row(record.texts, label, index))
