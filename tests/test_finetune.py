@@ -604,7 +604,10 @@ def predict(checkpoint_folder: Path, source: Path, output: Path, batch_size: int
     ("x.txt", "\ufeff" + "\n\n".join(TEXTS)),
     ("x.txt", "\r\n".join(TEXTS) + "\r\n"),
     ("lines", "\n".join(json.dumps({"sentence": t}) for t in TEXTS)),
-], ids=["tsv", "tsv-bom-crlf", "csv-bom-quotes", "jsonl", "plain-bom", "plain-crlf", "json-lines"])
+    ("X.CSV", "sentence,id\n" + "".join(f'"{t}",1\n' for t in TEXTS)),
+    ("X.TSV", "sentence\tid\n" + "".join(f"{t}\t1\n" for t in TEXTS)),
+], ids=["tsv", "tsv-bom-crlf", "csv-bom-quotes", "jsonl", "plain-bom", "plain-crlf", "json-lines", "csv-capitals",
+        "tsv-capitals"])
 def test_every_form_of_input_is_answered_in_order(checkpoint_folder, tmp_path, name, content):
     (tmp_path / name).write_bytes(content.encode())
     answers = predict(checkpoint_folder, tmp_path / name, tmp_path / "out.jsonl")
@@ -622,6 +625,32 @@ def test_labels_are_those_of_the_predictions_files_and_the_true_one_is_kept(worl
     whole = predict(checkpoint_folder, world / "glue/SST-2/dev.tsv", tmp_path / "whole.jsonl", 64)
     a, b = ([answer["probabilities"]["1"] for answer in x] for x in (answers, whole))
     assert np.allclose(a, b, atol=1e-6)
+
+
+def test_every_field_of_a_record_comes_back_and_a_text_may_begin_with_a_brace(checkpoint_folder, tmp_path):
+    (tmp_path / "x.jsonl").write_text('{"input_label": 2, "sentence": "good", "label": 1, "input_input_label": 3}\n')
+    answer, = predict(checkpoint_folder, tmp_path / "x.jsonl", tmp_path / "out.jsonl")
+    assert (answer["input_label"], answer["input_input_label"], answer["input_input_input_label"]) == (2, 3, 1)
+    assert answer["label"] == "1" and answer["sentence"] == "good"
+    (tmp_path / "x.txt").write_text('{name} was good\n{"sentence": "bad"}\n{bad\n')
+    answers = predict(checkpoint_folder, tmp_path / "x.txt", tmp_path / "out.jsonl")
+    assert [(a["sentence"], a["label"]) for a in answers] == [("{name} was good", "1"), ("bad", "0"), ("{bad", "0")]
+
+
+def test_a_pipe_is_an_input_and_a_full_disk_or_closed_input_one_line(checkpoint_folder, tmp_path, capsys, monkeypatch):
+    read, write_end = os.pipe()
+    os.write(write_end, b"good\n")
+    os.close(write_end)
+    assert predict(checkpoint_folder, f"/dev/fd/{read}", tmp_path / "out.jsonl")[0]["label"] == "1"
+    os.close(read)
+    (tmp_path / "x.txt").write_text("good\n")
+    args = ["predict", f"--checkpoint={checkpoint_folder}"]
+    assert cli.exit_code(lambda: finetune.serve([*args, f"--input={tmp_path / 'x.txt'}", "--output=/dev/full"])) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: --output=/dev/full cannot be written (No space left") and error.count("\n") == 1
+    monkeypatch.setattr(sys, "stdin", None)
+    assert cli.exit_code(lambda: finetune.serve([*args, "--input=-"])) == 2
+    assert capsys.readouterr().err == "error: --input=-: standard input is closed: give a file, or pipe the texts in.\n"
 
 
 def test_a_table_is_read_without_header_where_the_task_names_columns_by_number(world, tmp_path):
@@ -654,7 +683,9 @@ def test_a_cell_beyond_the_csv_modules_limit_and_a_lone_surrogate_are_only_text(
     ("x.jsonl", '{"sentence": "a"}\n["a"]\n', "--input=IN:2 is not a JSON object"),
     ("x.jsonl", '{"sentence": "a"}\n{"text": "a"}\n', "--input=IN:2: field 'sentence' is missing"),
     ("x.jsonl", '{"sentence": 1}\n', "--input=IN:1: field 'sentence' is not a string"),
-    ("x.txt", "a\n{b\n", "--input=IN:2 is not JSON"),
+    ("x.txt", 'a\n{"b\n', "--input=IN:2 is not JSON"),
+    ("x.csv", "sentence,sentence\na,b\n", "--input=IN has 2 columns of the name 'sentence'"),
+    ("x.txt", "good\n".encode("utf-16"), "--input=IN:1 is not UTF-8 text: convert it, e.g. iconv -f UTF-16 -t UTF-8"),
     ("x.txt", b"a\n\xe4\n", "--input=IN:2 is not UTF-8"),
     ("x.tsv.gz", "sentence\n", "--input=IN cannot be read"),
 ])
@@ -673,6 +704,7 @@ def test_input_that_cannot_be_answered_is_one_line_with_its_place(checkpoint_fol
     (["--checkpoint={world}/nothing", "--input={texts}"], "nothing"),
     (["--checkpoint={world}/exported/discriminator", "--input={texts}"], "exported/discriminator"),
     (["--checkpoint={run}", "--input=nothing.txt"], "--input=nothing.txt does not exist"),
+    (["--checkpoint={run}", "--input={world}"], "is a folder"),
     (["--checkpoint={run}", "--input={texts}", "--output={texts}"], "is the input"),
     (["--checkpoint={run}", "--input={texts}", "--output=/nowhere/x"], "--output=/nowhere/x cannot be written"),
     (["--checkpoint={run}", "--input={texts}", "--batch_size=0"], "--batch_size=0"),

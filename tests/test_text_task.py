@@ -70,9 +70,10 @@ def test_jsonl_reads_labels_of_any_plain_type_and_mends_lone_surrogates(tmp_path
 
 
 @pytest.mark.parametrize("form", [".tsv", ".csv", ".jsonl"])
-def test_gz_reads_the_same(tmp_path, form):
+@pytest.mark.parametrize("spell", [str.lower, str.upper])
+def test_gz_reads_the_same(tmp_path, form, spell):
     contents = {".tsv": "text\tlabel\na\tb\n", ".csv": "text,label\na,b\n", ".jsonl": '{"text": "a", "label": "b"}\n'}
-    file = write(tmp_path / f"a{form}.gz", gzip.compress(contents[form].encode()))
+    file = write(tmp_path / spell(f"a{form}.gz"), gzip.compress(contents[form].encode()))
     assert [record[:2] for record in read_table(file, "task.train", COLUMNS)] == [(("a",), "b")]
 
 
@@ -91,7 +92,8 @@ def test_a_csv_field_may_be_longer_than_the_modules_limit(tmp_path):
     ("a.csv", 'text,label\n"a\nb",c\nd\n', ":4 has 1 columns"),
     ("a.tsv", "", "has no rows"), ("a.tsv", "text\tlabel\n\n", "has no rows"), ("a.jsonl", "\n", "has no rows"),
     ("a.tsv", b"text\tlabel\na\tb\n\xe4\tc\n", ":3 is not UTF-8"),
-    ("a.tsv", "text\tlabel\n".encode("utf-16"), ":1 is not UTF-8"),
+    ("a.tsv", "text\tlabel\n".encode("utf-16"), ":1 is not UTF-8 text: convert it, e.g. iconv -f UTF-16 -t"),
+    ("a.csv", "text,label,text\na,b,c\n", "a.csv has 2 columns of that name: rename all but one"),
     ("a.tsv", "text\tlabel\na\t\n", ":2 has an empty label"),
     ("a.jsonl", '{"text": "a", "label": null}\n', ":1 has an empty label"),
     ("a.jsonl", '{"text": "a", "label": 1}\n{"text": "a"}\n', ":2 has no such column: name one of text"),
@@ -143,6 +145,8 @@ def test_what_was_found_is_told_and_scores_with_a_few_words_between_them_are_ref
     assert capsys.readouterr().out == "task.label=label: scores from -1 to 3.9\n"
     from_config(config(table(tmp_path, "cab")), tokenizer, 16, 0)
     assert capsys.readouterr().out == "task.label=label: 3 classes: a, b, c\n"
+    with pytest.raises(UserError):
+        from_config(config(table(tmp_path, ["0", "0.5", "1", "2", "3", "N/A", "x"])), tokenizer, 16, 0)
     labels = [f"{i / 10:.1f}" for i in range(40)]
     for odd in ("N/A", "nan"):
         file = table(tmp_path, [*labels, odd, odd, *labels])

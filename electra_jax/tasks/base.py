@@ -1,5 +1,6 @@
 """What a task is to the fine-tuning loop: features in, outputs of the network back, scores and predictions out."""
 
+import codecs
 import contextlib
 import dataclasses
 import gzip
@@ -92,13 +93,18 @@ def read_text(field: str, path: str | os.PathLike) -> str:
     """
     with _reading(field, path):
         data = Path(path).expanduser().read_bytes()
-        data = gzip.decompress(data) if str(path).endswith(".gz") else data
+        data = gzip.decompress(data) if str(path).lower().endswith(".gz") else data
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{field}: {path}:{line} is not UTF-8 text: convert it, e.g. iconv -f LATIN1 -t UTF-8."
-                        ) from error
+        raise UserError(f"{field}: {path}:{line} is not UTF-8 text: convert it, e.g. iconv -f {likely_encoding(data)} "
+                        "-t UTF-8.") from error
+
+
+def likely_encoding(data: bytes) -> str:
+    """Returns the name of what a text that is not UTF-8 most likely is, by its byte order mark."""
+    return "UTF-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "LATIN1"
 
 
 def checksum(field: str, path: str | os.PathLike) -> int | None:

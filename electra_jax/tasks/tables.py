@@ -4,6 +4,7 @@ import csv
 import io
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import PurePath
 from typing import Any, NamedTuple
 
 from electra_jax.config import UserError
@@ -31,8 +32,8 @@ def read_table(path, field: str, columns: Mapping[str, str], header: bool = True
     missing column, a wrong number of columns, a text that is none and, with `need_label`, an empty label.
     """
     where = f"{field}: {path}"
-    form = form or next((form for form in _FORMATS if str(path).removesuffix(".gz").endswith(form)), "")
-    if not form:
+    form = form or suffix(path)
+    if form not in _FORMATS:
         raise UserError(f"{where}: the name must end in {', '.join(_FORMATS)} (or one of these and .gz).")
     # Not `splitlines`: it takes more than line feeds for the end of a line.
     lines = io.StringIO(read_text(field, path), newline="" if form == ".csv" else "\n")
@@ -68,6 +69,11 @@ def read_table(path, field: str, columns: Mapping[str, str], header: bool = True
     if not records:
         raise UserError(f"{where} has no rows: give a file with examples.")
     return records
+
+
+def suffix(path) -> str:
+    """Returns the ending of a file's name in small letters, without .gz: ".tsv" of A.TSV.gz."""
+    return PurePath(str(path).lower().removesuffix(".gz")).suffix
 
 
 def table_rows(lines: Iterable[str], form: str, where: str) -> Iterator[tuple[int, list[str]]]:
@@ -107,6 +113,9 @@ def json_rows(lines: Iterable[str], where: str, first: int = 1) -> Iterator[tupl
 
 def _check_columns(columns: Mapping[str, str], found: Sequence[str], where: str, need_label: bool) -> None:
     for field, column in columns.items():
+        if list(found).count(column) > 1:
+            raise UserError(f"{field}={column}: {where} has {found.count(column)} columns of that name: rename all but "
+                            "one.")
         if column not in found and (need_label or not field.endswith("label")):
             raise UserError(f"{field}={column}: {where} has no such column: name one of {', '.join(found[:20])}.")
 
