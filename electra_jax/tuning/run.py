@@ -61,7 +61,8 @@ def predict(program: step.Program, params, features: Sequence[Feature], data, pa
     """Returns the outputs of tasks.Task.head for each feature, in order, padding cut off."""
     lengths = np.array([len(f.input_ids) for f in features])
     shards = program.mesh.shape["data"] * program.mesh.shape["fsdp"]
-    size = max(shards, data.eval_batch_size // shards * shards)
+    # Beyond 1,024 no more rows than there are; below, all splits share a shape.
+    size = max(shards, min(data.eval_batch_size, max(1024, len(features))) // shards * shards)
     out: list[dict] = [{}] * len(features)
     in_flight: list[tuple] = []
 
