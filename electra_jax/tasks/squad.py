@@ -67,7 +67,8 @@ class _Prediction:
 class SquadTask(Task):
     """Extractive question answering. `from_config` makes it from files, `restore` without data.
 
-    `inexact` counts, by split, first answers that no span of tokens gives back (compared as the metric does).
+    `inexact` counts, by split, first answers that no span of tokens gives back (compared as the metric does). An answer
+    that is not at its answer_start is a mistake in the data: `load` prints how many there are, and refuses many.
     `threshold` is what null odds must exceed for "no answer" in v2.0.
     """
 
@@ -97,15 +98,16 @@ class SquadTask(Task):
         where = f"{field}: {path}"
         self.inexact[split] = 0
         questions = self._questions[split] = []
+        self._misplaced: list[str] = []    # ids
         try:
             articles = json.loads(read_text(field, path))["data"]
             paragraphs = [paragraph for article in articles for paragraph in article["paragraphs"]]
             for paragraph in paragraphs:
                 context = self._context(paragraph["context"])
                 questions += [self._question(qa, context, split, where) for qa in paragraph["qas"]]
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise UserError(f"{where} is not JSON ({error}): give a file in SQuAD's layout.") from error
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
             raise UserError(f"{where} is not in SQuAD's layout ({type(error).__name__}: {error}): it is {{\"data\": "
                             "[{\"paragraphs\": [{\"context\", \"qas\": [{\"id\", \"question\", \"answers\"}]}]}]}."
                             ) from error
@@ -114,6 +116,19 @@ class SquadTask(Task):
         twice = [name for name, n in collections.Counter(q.id for q in questions).items() if n > 1]
         if twice:
             raise UserError(f"{where} has the question id {twice[0]} more than once: make ids unique.")
+        self._tell_misplaced(split, where)
+
+    def _tell_misplaced(self, split: str, where: str) -> None:
+        """Warns of answers that are not where their answer_start says; UserError if that is every hundredth."""
+        answers = sum(q.span is not None for q in self._questions[split])
+        if self._misplaced:
+            told = (f"{where}: {len(self._misplaced)} of {answers} answers are not at their answer_start, the first is "
+                    f"of question {self._misplaced[0]}")
+            if 100 * len(self._misplaced) > answers:
+                raise UserError(f"{told}: count characters (not bytes) of the context from 0, or leave these out.")
+            print(f"warning: {told}; they are trained on as they are", flush=True)
+        if self.inexact[split]:
+            print(f"{where}: {self.inexact[split]} of {answers} answers begin or end inside a token", flush=True)
 
     def _context(self, text: str) -> _Context:
         text = _clean(text)
@@ -128,7 +143,11 @@ class SquadTask(Task):
         return ids
 
     def _question(self, qa: Mapping, context: _Context, split: str, where: str) -> _Question:
-        impossible, answers = bool(qa.get("is_impossible", False)), qa.get("answers") or []
+        impossible, answers = qa.get("is_impossible"), qa.get("answers") or []
+        if impossible not in (True, False, None):    # the string "false" would be true
+            raise UserError(f"{where}: question {qa['id']} has \"is_impossible\": {json.dumps(impossible)[:40]}: write "
+                            "true or false, without quotes.")
+        impossible = bool(impossible)
         if impossible and not self._v2:
             raise UserError(f"task.version=v1.1 has an answer to every question, but {where} has none to {qa['id']}: "
                             "set task.version=v2.0.")
@@ -140,6 +159,8 @@ class SquadTask(Task):
             if not 0 <= start < start + len(text) <= len(context.text):
                 raise UserError(f"{where}: the answer of question {qa['id']} (answer_start {start}, {len(text)} "
                                 f"characters) is not in its context of {len(context.text)}: correct it.")
+            if context.text[start:start + len(text)] != _clean(text):
+                self._misplaced.append(str(qa["id"]))
             span = _tokens_of(context, start, start + len(text))
             self.inexact[split] += span is None or normalise_answer(_text(context, *span)) != normalise_answer(text)
         return _Question(str(qa["id"]), self._query(qa["question"]), context,
