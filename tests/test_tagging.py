@@ -141,7 +141,7 @@ def test_the_scheme_is_found_from_the_tags(tokenizer, tmp_path, tags, scheme):
 def test_what_was_found_is_told(tokenizer, tmp_path, capsys):
     task_of(tokenizer, tmp_path, train_scheme="bioes")
     told = capsys.readouterr().out
-    assert told == ("task.train: 4 tags (B-LOC, B-PER, I-PER, O) in the scheme bio, learnt as bioes; the metric is f1\n")
+    assert told == "task.train: 4 tags (B-LOC, B-PER, I-PER, O) in the scheme bio, learnt as bioes; the metric is f1\n"
 
 
 @pytest.mark.parametrize(("train", "line", "tag"), [

@@ -13,7 +13,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from electra_jax.config import UserError
 from electra_jax.data.tokenizer import Tokenizer
 from electra_jax.tasks.base import Feature, Outputs, Task, read_text
-from electra_jax.tasks.scores import answer_f1, best_threshold, normalise_answer
+from electra_jax.tasks.scores import against_gold, best_threshold, normalise_answer
 
 _DEFAULTS = {
     "version": "v1.1",         # "v1.1", or "v2.0": some questions have no answer
@@ -282,11 +282,11 @@ class SquadTask(Task):
         known = [(q, p) for q, p in zip(self._questions[split], predictions, strict=True) if q.known]
         if not known:
             raise UserError(f"task.{split} has no answers to compare with: write its predictions instead.")
-        answered = 100 * np.array([self._against_gold(p.text, q) for q, p in known])    # [questions, (em, f1)]
+        answered = 100 * np.array([against_gold(p.text, q.answers, self._v2) for q, p in known])    # [N, (em, f1)]
         if not self._v2:
             em, f1 = answered.mean(0).tolist()
             return {"em": em, "f1": f1}
-        empty = 100 * np.array([self._against_gold("", q) for q, _ in known])
+        empty = 100 * np.array([against_gold("", q.answers, self._v2) for q, _ in known])
         odds, impossible = np.array([p.null_odds for _, p in known]), np.array([q.impossible for q, _ in known])
         best_em, _ = best_threshold(answered[:, 0], empty[:, 0], odds)
         best_f1, threshold = best_threshold(answered[:, 1], empty[:, 1], odds)
@@ -298,16 +298,6 @@ class SquadTask(Task):
             if len(rows):
                 scores[prefix + "em"], scores[prefix + "f1"] = rows.mean(0).tolist()
         return scores | {"best_em": best_em, "best_f1": best_f1, "threshold": self.threshold}
-
-    def _against_gold(self, text: str, question: _Question) -> tuple[float, float]:
-        """Returns exact match and F1 against the gold answer that suits best."""
-        gold = question.answers
-        if self._v2:    # as evaluate-v2.0.py: answers of nothing but articles and punctuation do not count
-            gold = [answer for answer in gold if normalise_answer(answer)] or [""]
-        answer = normalise_answer(text)
-        f1 = max(answer_f1(text, each) for each in gold)
-        # evaluate-v1.1.py gives an empty prediction no F1, whatever the answer.
-        return float(any(answer == normalise_answer(each) for each in gold)), f1 if self._v2 or answer else 0.0
 
     def write_predictions(self, split: str, outputs: Sequence[Outputs], folder: Path) -> None:
         """Writes predictions-SPLIT.json {id: text, "" for no answer}, nbest-SPLIT.json, in v2.0 null_odds-SPLIT.json.
