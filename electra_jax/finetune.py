@@ -26,17 +26,23 @@ def main(config, workdir: str) -> int:
     import electra_jax
     from electra_jax import runtime, tasks
     from electra_jax.tuning import many
-    from electra_jax.tuning.run import Stopped
+    from electra_jax.tuning.run import Diverged, Stopped
 
     runtime.quiet_logging()
     runtime.check_writable(workdir)
     pretrained = electra_jax.load_discriminator(config.init_from)
     runtime.enable_compilation_cache(config.run.compilation_cache)
     makers = tasks.makers(config, pretrained.tokenizer)
+    checksums = tasks.checksums(config)
     print(f"fine-tuning {config.init_from}{' (random parameters)' if config.init_random else ''}: "
           f"{', '.join(makers)}, {config.run.seeds} seed{'s' * (config.run.seeds > 1)} each, in {workdir}", flush=True)
     try:
-        many.report(many.run_all(config, workdir, pretrained, makers), workdir)
+        many.run_all(config, workdir, pretrained, makers, checksums)
+        many.report(config, workdir, tuple(makers))
+    except Diverged:    # no other command with these settings would get to the table
+        if many.finished(workdir):
+            many.report(config, workdir, tuple(makers))
+        raise
     except Stopped:
         print("stopped; finished runs are kept, the same command does the others", flush=True)
     return 0

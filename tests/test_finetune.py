@@ -313,6 +313,110 @@ def test_runs_of_other_settings_are_refused_in_the_same_workdir(world, straight,
     assert (stamps(straight), (straight / "settings.json").read_bytes()) == before
 
 
+@pytest.fixture
+def finished_text(world, tmp_path) -> tuple[Path, list[str], dict[str, Path]]:
+    """(workdir, flags, files by split) of a finished run on the user's own files."""
+    files = {split: write(tmp_path / f"{split}.tsv", [("text", "label"), *sentences(40, seed)])
+             for seed, split in enumerate(("train", "dev"))}
+    flags = [f"--config.task.{split}={file}" for split, file in files.items()]
+    flags += ["--config.run.max_steps=1", "--config.run.save=False"]
+    tune(world, tmp_path / "run", *flags, config="text.py")
+    return tmp_path / "run", flags, files
+
+
+@pytest.mark.parametrize("split", ["train", "dev"])
+def test_runs_of_changed_data_are_refused_in_the_same_workdir(world, finished_text, capsys, split):
+    workdir, flags, files = finished_text
+    content = files[split].read_bytes()
+    files[split].write_bytes(content.replace(b"good", b"fine"))
+    tune(world, workdir, *flags, "--config.run.seeds=2", config="text.py", code=2)
+    error = capsys.readouterr().err
+    assert f"text: the data ({split}) have changed" in error and "another --workdir" in error
+    assert error.count("\n") == 1 and not (workdir / "text/seed-1").exists()
+    files[split].write_bytes(content)
+    assert len(tune(world, workdir, *flags, "--config.run.seeds=2", config="text.py")["runs"]) == 2
+
+
+def test_settings_of_before_checksums_are_taken_and_other_tasks_data_are_free(world, finished_text):
+    workdir, flags, files = finished_text
+    settings = json.loads((workdir / "settings.json").read_text())
+    assert settings["contents"]["text"].keys() == {"train", "dev"}
+    (workdir / "settings.json").write_text(json.dumps({k: v for k, v in settings.items() if k != "contents"}))
+    tune(world, workdir, *flags, config="text.py")
+    assert json.loads((workdir / "settings.json").read_text()) == settings
+    files["train"].write_text("text\tlabel\n" + "good\t1\nbad\t0\n" * 20)
+    assert len(tune(world, workdir, *flags, "--config.task.name=other", config="text.py")["runs"]) == 2
+
+
+def test_fewer_seeds_and_tasks_leave_the_others_in_the_table(world, straight, tmp_path, capsys):
+    shutil.copytree(straight, tmp_path / "run")
+    flags = ["--config.optimizer.epochs=2", "--config.run.tasks=mrpc", "--config.run.seeds=1"]
+    results = tune(world, tmp_path / "run", *flags)
+    assert [(r["task"], r["seed"]) for r in results["runs"]] == [("mrpc", 0), ("mrpc", 1), ("cola", 0), ("cola", 1)]
+    assert f"3 of the 4 runs in the table were not asked for now, but finished in {tmp_path}" in capsys.readouterr().out
+    assert (tmp_path / "run/results.csv").read_text().count("\n") == 5
+
+
+@pytest.mark.parametrize("content", ["{}", '{"task": "sst2", "seed": 0, "metric": "accuracy", "scores": [1]}', "[]"])
+def test_a_file_that_is_no_result_is_named_before_any_training(world, tmp_path, capsys, content):
+    file = tmp_path / "sst2/seed-1/result.json"
+    file.parent.mkdir(parents=True)
+    file.write_text(content)
+    tune(world, tmp_path, "--config.run.seeds=2", code=2)
+    error = capsys.readouterr().err
+    assert str(file) in error and error.count("\n") == 1 and not (tmp_path / "sst2/seed-0").exists()
+
+
+def test_a_task_without_data_is_found_before_the_first_run(world, tmp_path, capsys):
+    tune(world, tmp_path, "--config.run.tasks=cola,wnli", code=2)
+    error = capsys.readouterr().err
+    assert "neither WNLI/train.tsv nor train.tsv" in error and error.count("\n") == 1
+    assert not (tmp_path / "cola").exists()
+    write(tmp_path / "glue/CoLA/train.tsv", [("x", 1, "", "good")])
+    tune(world, tmp_path / "run", f"--config.task.data_dir={tmp_path}/glue", "--config.task.name=cola", code=2)
+    assert "CoLA/dev.tsv cannot be read (No such file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("what", "place"), [
+    ("file", "sst2"), ("link", "sst2"), ("file", "sst2/seed-0"), ("folder", "results.json"), ("folder", "results.csv"),
+    ("folder", "results.png"), ("folder", "settings.json"),
+])
+def test_what_is_in_the_way_of_a_run_is_named(world, tmp_path, capsys, what, place):
+    (tmp_path / place).parent.mkdir(exist_ok=True)
+    {"file": lambda p: p.write_text(""), "folder": Path.mkdir, "link": lambda p: p.symlink_to("nowhere")}[what](
+        tmp_path / place)
+    tune(world, tmp_path, "--config.run.max_steps=1", "--config.run.save=False", code=2)
+    error = capsys.readouterr().err
+    reason = error.partition(f"--workdir={tmp_path} cannot be written (")[2]
+    assert str(tmp_path / place) in reason and error.count("\n") == 1
+
+
+def test_a_loss_of_nan_names_a_way_out_and_leaves_the_table_of_the_finished_runs(world, tmp_path, monkeypatch, capsys):
+    flags = ["--config.run.seeds=2", "--config.run.max_steps=1", "--config.run.save=False"]
+    log = run_lib.Run._log
+
+    def diverging(self, now, losses, *args):
+        return log(self, now, losses if self.seed == 0 else [{"loss": np.float32("nan")}], *args)
+
+    monkeypatch.setattr(run_lib.Run, "_log", diverging)
+    tune(world, tmp_path / "run", *flags, code=2)
+    error = capsys.readouterr().err
+    assert "the loss is nan at step 1 of sst2 seed 1: lower optimizer.learning_rate=0.003, with another" in error
+    assert error.count("\n") == 1
+    assert [r["seed"] for r in json.loads((tmp_path / "run/results.json").read_text())["runs"]] == [0]
+
+
+def test_a_checkpoint_that_was_not_kept_is_not_promised(world, tmp_path, capsys):
+    tune(world, tmp_path, "--config.run.max_steps=1", "--config.run.save=False")
+    assert "run.save" not in capsys.readouterr().out
+    tune(world, tmp_path, "--config.run.max_steps=1")
+    remedy = f"remove {tmp_path}/sst2/seed-0/result.json and give the same command again"
+    assert f"sst2: 1 of them with run.save=False, without a checkpoint: to get one, {remedy}" in capsys.readouterr().out
+    (tmp_path / "sst2/seed-0/result.json").unlink()
+    tune(world, tmp_path, "--config.run.max_steps=1")
+    assert (tmp_path / "sst2/seed-0/checkpoints").exists() and "run.save" not in capsys.readouterr().out
+
+
 def test_a_mistake_before_the_first_result_may_be_mended_in_the_same_workdir(world, tmp_path, capsys):
     tune(world, tmp_path, "--config.data.seq_len=128", code=2)
     assert "data.seq_len=128 exceeds the 64 positions" in capsys.readouterr().err
@@ -500,7 +604,10 @@ def predict(checkpoint_folder: Path, source: Path, output: Path, batch_size: int
     ("x.txt", "\ufeff" + "\n\n".join(TEXTS)),
     ("x.txt", "\r\n".join(TEXTS) + "\r\n"),
     ("lines", "\n".join(json.dumps({"sentence": t}) for t in TEXTS)),
-], ids=["tsv", "tsv-bom-crlf", "csv-bom-quotes", "jsonl", "plain-bom", "plain-crlf", "json-lines"])
+    ("X.CSV", "sentence,id\n" + "".join(f'"{t}",1\n' for t in TEXTS)),
+    ("X.TSV", "sentence\tid\n" + "".join(f"{t}\t1\n" for t in TEXTS)),
+], ids=["tsv", "tsv-bom-crlf", "csv-bom-quotes", "jsonl", "plain-bom", "plain-crlf", "json-lines", "csv-capitals",
+        "tsv-capitals"])
 def test_every_form_of_input_is_answered_in_order(checkpoint_folder, tmp_path, name, content):
     (tmp_path / name).write_bytes(content.encode())
     answers = predict(checkpoint_folder, tmp_path / name, tmp_path / "out.jsonl")
@@ -518,6 +625,32 @@ def test_labels_are_those_of_the_predictions_files_and_the_true_one_is_kept(worl
     whole = predict(checkpoint_folder, world / "glue/SST-2/dev.tsv", tmp_path / "whole.jsonl", 64)
     a, b = ([answer["probabilities"]["1"] for answer in x] for x in (answers, whole))
     assert np.allclose(a, b, atol=1e-6)
+
+
+def test_every_field_of_a_record_comes_back_and_a_text_may_begin_with_a_brace(checkpoint_folder, tmp_path):
+    (tmp_path / "x.jsonl").write_text('{"input_label": 2, "sentence": "good", "label": 1, "input_input_label": 3}\n')
+    answer, = predict(checkpoint_folder, tmp_path / "x.jsonl", tmp_path / "out.jsonl")
+    assert (answer["input_label"], answer["input_input_label"], answer["input_input_input_label"]) == (2, 3, 1)
+    assert answer["label"] == "1" and answer["sentence"] == "good"
+    (tmp_path / "x.txt").write_text('{name} was good\n{"sentence": "bad"}\n{bad\n')
+    answers = predict(checkpoint_folder, tmp_path / "x.txt", tmp_path / "out.jsonl")
+    assert [(a["sentence"], a["label"]) for a in answers] == [("{name} was good", "1"), ("bad", "0"), ("{bad", "0")]
+
+
+def test_a_pipe_is_an_input_and_a_full_disk_or_closed_input_one_line(checkpoint_folder, tmp_path, capsys, monkeypatch):
+    read, write_end = os.pipe()
+    os.write(write_end, b"good\n")
+    os.close(write_end)
+    assert predict(checkpoint_folder, f"/dev/fd/{read}", tmp_path / "out.jsonl")[0]["label"] == "1"
+    os.close(read)
+    (tmp_path / "x.txt").write_text("good\n")
+    args = ["predict", f"--checkpoint={checkpoint_folder}"]
+    assert cli.exit_code(lambda: finetune.serve([*args, f"--input={tmp_path / 'x.txt'}", "--output=/dev/full"])) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: --output=/dev/full cannot be written (No space left") and error.count("\n") == 1
+    monkeypatch.setattr(sys, "stdin", None)
+    assert cli.exit_code(lambda: finetune.serve([*args, "--input=-"])) == 2
+    assert capsys.readouterr().err == "error: --input=-: standard input is closed: give a file, or pipe the texts in.\n"
 
 
 def test_a_table_is_read_without_header_where_the_task_names_columns_by_number(world, tmp_path):
@@ -550,7 +683,9 @@ def test_a_cell_beyond_the_csv_modules_limit_and_a_lone_surrogate_are_only_text(
     ("x.jsonl", '{"sentence": "a"}\n["a"]\n', "--input=IN:2 is not a JSON object"),
     ("x.jsonl", '{"sentence": "a"}\n{"text": "a"}\n', "--input=IN:2: field 'sentence' is missing"),
     ("x.jsonl", '{"sentence": 1}\n', "--input=IN:1: field 'sentence' is not a string"),
-    ("x.txt", "a\n{b\n", "--input=IN:2 is not JSON"),
+    ("x.txt", 'a\n{"b\n', "--input=IN:2 is not JSON"),
+    ("x.csv", "sentence,sentence\na,b\n", "--input=IN has 2 columns of the name 'sentence'"),
+    ("x.txt", "good\n".encode("utf-16"), "--input=IN:1 is not UTF-8 text: convert it, e.g. iconv -f UTF-16 -t UTF-8"),
     ("x.txt", b"a\n\xe4\n", "--input=IN:2 is not UTF-8"),
     ("x.tsv.gz", "sentence\n", "--input=IN cannot be read"),
 ])
@@ -569,6 +704,7 @@ def test_input_that_cannot_be_answered_is_one_line_with_its_place(checkpoint_fol
     (["--checkpoint={world}/nothing", "--input={texts}"], "nothing"),
     (["--checkpoint={world}/exported/discriminator", "--input={texts}"], "exported/discriminator"),
     (["--checkpoint={run}", "--input=nothing.txt"], "--input=nothing.txt does not exist"),
+    (["--checkpoint={run}", "--input={world}"], "is a folder"),
     (["--checkpoint={run}", "--input={texts}", "--output={texts}"], "is the input"),
     (["--checkpoint={run}", "--input={texts}", "--output=/nowhere/x"], "--output=/nowhere/x cannot be written"),
     (["--checkpoint={run}", "--input={texts}", "--batch_size=0"], "--batch_size=0"),
@@ -618,10 +754,12 @@ BAD = [
     ("glue.py:sst2", ["--config.task.data_dir="], "task.data_dir is empty"),
     ("glue.py", ["--config.run.tasks=all", "--config.task.data_dir=/no/data"], "task.data_dir=/no/data"),
     ("glue.py", ["--config.run.tasks=cola,snli"], "'snli'"),
+    ("glue.py", ["--config.run.tasks=cola,all"], "run.tasks=cola,all: all stands alone"),
     ("glue.py", ["--config.task.name=snli"], "'snli'"),
     ("glue.py:snli", [], "snli"),
     ("text.py", ["--config.run.tasks=cola", "--config.task.train={good}"], "run.tasks='cola'"),
     ("text.py", ["--config.task.name=a/b", "--config.task.train={good}"], "task.name='a/b'"),
+    ("text.py", [f"--config.task.name={'a' * 300}", "--config.task.train={good}"], "200 bytes at most"),
     ("text.py", [], "task.train is empty"),
     ("text.py", ["--config.task.train={good}", "--config.task.text=review"], "task.text=review"),
     ("text.py", ["--config.task.train={good}", "--config.task.label=stars"], "task.label=stars"),

@@ -116,6 +116,12 @@ def test_test_files_are_not_needed(tmp_path, tokenizer):
         assert glue.load(name, tokenizer, 32, tmp_path).splits() == splits
 
 
+def test_a_test_file_may_have_placeholders_for_labels(tmp_path, tokenizer):
+    write_task(tmp_path, "rte")
+    (tmp_path / "test.tsv").write_text("index\tsentence1\tsentence2\tlabel\n0\ta\tb\t-1\n")
+    assert glue.load("rte", tokenizer, 32, tmp_path).features("test")[0].targets == {}
+
+
 def test_present_finds_the_tasks_whose_files_are_there(tmp_path, prepared):
     for name in ("wnli", "cola"):
         write_task(tmp_path / glue.TASKS[name].folder, name)
@@ -180,7 +186,8 @@ def test_predictions_of_test_are_a_submission_and_those_of_dev_show_the_label(tm
     gold = list(LAYOUTS[name][-1])[::-1]
     task.write_predictions("dev", outputs(task, answers[:len(gold)]), out)
     table = [line.split("\t") for line in (out / file.replace(".tsv", "-dev.tsv")).read_text().splitlines()]
-    assert table[0] == ["index", "prediction", "label"] and [row[1] for row in table[1:]] == lines[:len(gold)]
+    scored = ["2.5", "6.25", "-2.5"] if name == "stsb" else lines    # only a submission is clipped
+    assert table[0] == ["index", "prediction", "label"] and [row[1] for row in table[1:]] == scored[:len(gold)]
     assert [row[2] for row in table[1:]] == (["5", "2.5", "0"] if name == "stsb" else gold)
     if name == "mnli":
         task.write_predictions("test_mismatched", outputs(task, [0] * 4), out)
@@ -216,10 +223,12 @@ def test_mrpc_as_microsoft_publishes_it_is_divided_by_glues_list(tmp_path, token
     (tmp_path / "msr_paraphrase_train.txt").write_text(
         header + '1\t11\t12\tone "two\tthree\r\n0\t13\t14\tfour\tfive\r\n1\t12\t11\ttwo\tsix\r\n', newline="")
     (tmp_path / "msr_paraphrase_test.txt").write_text(header + "1\t15\t16\tsix\tone\r\n", newline="")
-    with pytest.raises(UserError) as error:
-        glue.load("mrpc", tokenizer, 32, tmp_path)
-    assert "dev_ids.tsv" in one_line(error)
+    for use in (lambda: glue.load("mrpc", tokenizer, 32, tmp_path), lambda: glue.files("mrpc", tmp_path)):
+        with pytest.raises(UserError) as error:
+            use()
+        assert "dev_ids.tsv" in one_line(error)
     (tmp_path / "dev_ids.tsv").write_text("13\t14\n11\t13\n")
+    assert [*glue.files("mrpc", tmp_path)] == ["msr_paraphrase_train.txt", "dev_ids.tsv", "msr_paraphrase_test.txt"]
     task = glue.load("mrpc", tokenizer, 32, tmp_path, double_unordered=False)
     assert first(task, "train") == ['[CLS] one " two [SEP] three [SEP]', "[CLS] two [SEP] six [SEP]"]
     assert first(task, "dev") == ["[CLS] four [SEP] five [SEP]"]
@@ -309,13 +318,16 @@ def test_tfds_gives_the_same_as_the_files_in_glues_order_without_tensorflow(prep
             lengths = [len(f.input_ids) for f in task.features(split)]
             assert lengths == sorted(lengths) and len(lengths) == 12
         assert all(f.targets == {} for f in task.features("test"))
+        files = glue.files(name, f"tfds:{prepared}")
+        assert sum("array_record" in file for file in files) == len(task.splits())
     assert "tensorflow" not in sys.modules
 
 
 def test_tfds_that_cannot_be_opened_is_one_line(prepared, tokenizer):
-    with pytest.raises(UserError) as error:
-        glue.load("rte", tokenizer, 32, f"tfds:{prepared}")
-    assert f"task.data_dir=tfds:{prepared}: tfds cannot open glue/rte" in one_line(error)
+    for use in (lambda where: glue.load("rte", tokenizer, 32, where), lambda where: glue.files("rte", where)):
+        with pytest.raises(UserError) as error:
+            use(f"tfds:{prepared}")
+        assert f"task.data_dir=tfds:{prepared}: tfds cannot open glue/rte" in one_line(error)
 
 
 # --- The real thing -----------------------------------------------------------------------------

@@ -369,5 +369,5 @@ def test_the_command_line_exports_and_imports(exported, tmp_path):
     bad = subprocess.run([sys.executable, "-m", "electra_jax.interop.huggingface", "export", "--checkpoint=/no/run",
                           f"--output={tmp_path}/x"], text=True, capture_output=True, check=False,
                          cwd=Path(__file__).parent.parent)
-    assert bad.returncode == 2 and bad.stderr == ("error: no checkpoint found in /no/run: give the folder of a run (its "
-                                                  "--workdir), or one of its checkpoints/N.\n")
+    assert bad.returncode == 2 and bad.stderr == ("error: no checkpoint found in /no/run: give the folder of a run "
+                                                  "(its --workdir), or one of its checkpoints/N.\n")

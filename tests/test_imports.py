@@ -30,7 +30,7 @@ ALLOWED = {
     "tuning.run": {"checkpoint", "metrics", "runtime", "pretrained", "data.loader", "tasks.base", "tuning.batches",
                    "tuning.config", "tuning.heads", "tuning.step"},
     "tuning.many": {"runtime", "sharding", "pretrained", "tasks.base", "interop.workdir", "tuning.run"},
-    "tuning.serve": {"checkpoint", "model", "sharding", "pretrained", "data.tokenizer", "tasks.text",
+    "tuning.serve": {"checkpoint", "model", "sharding", "pretrained", "data.tokenizer", "tasks.tables",
                      "interop.huggingface", "interop.names", "interop.workdir", "tasks.base", "tuning.config",
                      "tuning.run", "tuning.step"},
     "train": {"cli", "loop", "runtime", "data.prepare", "data.tokenizer"},

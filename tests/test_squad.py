@@ -12,7 +12,7 @@ import pytest
 from electra_jax.config import UserError
 from electra_jax.data.tokenizer import load_tokenizer, train_sentencepiece
 from electra_jax.tasks import squad
-from electra_jax.tasks.scores import answer_f1, best_threshold, normalise_answer
+from electra_jax.tasks.scores import against_gold, answer_f1, best_threshold, normalise_answer
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 LETTERS = string.ascii_lowercase + string.digits
@@ -82,14 +82,14 @@ def test_normalisation_f1_and_exact_match_are_the_official_ones(tokenizer, tmp_p
     for version, text, expected in [("v1.1", "café of Zoë.", (1, 1)), ("v1.1", "notes", (0, 0.5)),
                                     ("v1.1", "in 1843. The café", (0, 2 / 3)), ("v1.1", "", (0, 0))]:
         task = task_of(tokenizer, tmp_path, [qa("1", answers)], version=version)
-        got = task._against_gold(text, task._questions["dev"][0])
+        got = against_gold(text, task._questions["dev"][0].answers, task._v2)
         assert got == pytest.approx(expected), text
     # In v2.0 a gold answer of articles only does not count; without another there is no answer.
     task = task_of(tokenizer, tmp_path, [qa("1", ["The", "1843"]), qa("2", ["The"])], version="v2.0")
     first, second = task._questions["dev"]
-    assert task._against_gold("", first) == (0, 0) and task._against_gold("", second) == (1, 1)
+    assert against_gold("", first.answers, True) == (0, 0) and against_gold("", second.answers, True) == (1, 1)
     task = task_of(tokenizer, tmp_path, [qa("2", ["The"])], version="v1.1")
-    assert task._against_gold("The", task._questions["dev"][0]) == (1, 0)    # evaluate-v1.1.py's
+    assert against_gold("The", task._questions["dev"][0].answers, False) == (1, 0)    # evaluate-v1.1.py's
 
 
 def test_scores_are_means_over_all_questions_with_the_best_gold_answer_in_percent(tokenizer, tmp_path):
@@ -207,7 +207,7 @@ def test_windows_hold_every_token_of_a_context_and_each_is_scored_where_it_has_m
             assert owners[i] == [max(sides, key=lambda n: (sides[n], -n))]
 
 
-def test_answers_are_found_by_characters_and_those_inside_a_word_are_counted(tokenizer, tmp_path):
+def test_answers_are_found_by_characters_and_those_inside_a_word_are_counted(tokenizer, tmp_path, capsys):
     for answer in ("Ada Lovelace", "café", "Zoë", "1901.", "e"):
         task = task_of(tokenizer, tmp_path, [qa("1", [answer])])
         question = task._questions["dev"][0]
@@ -218,6 +218,21 @@ def test_answers_are_found_by_characters_and_those_inside_a_word_are_counted(tok
     task = task_of(tokenizer, tmp_path, [inside])
     question = task._questions["dev"][0]
     assert squad._text(question.context, *question.span) == "in 1843" and task.inexact == {"train": 1, "dev": 1}
+    assert f"{tmp_path}/dev.json: 1 of 1 answers begin or end inside a token" in capsys.readouterr().out
+
+
+def test_answers_at_wrong_offsets_are_told_and_many_are_refused(tokenizer, tmp_path, capsys):
+    good = [qa(str(i), ["1843"]) for i in range(120)]
+    bad = [{"id": f"x{i}", "question": "who", "answers": [{"text": "1843", "answer_start": 3}]} for i in range(2)]
+    task_of(tokenizer, tmp_path, good[:2])
+    assert capsys.readouterr().out == ""
+    task_of(tokenizer, tmp_path, [*good, bad[0]])
+    told = f"task.dev: {tmp_path}/dev.json: 1 of 121 answers are not at their answer_start, the first is of question x0"
+    assert f"warning: {told}; they" in capsys.readouterr().out
+    with pytest.raises(UserError) as error:
+        task_of(tokenizer, tmp_path, [*good, *bad])
+    assert "2 of 122 answers are not at their answer_start, the first is of question x0: count characters" in str(
+        error.value) and "\n" not in str(error.value)
 
 
 # --- Predictions ----------------------------------------------------------------------------------------
@@ -364,6 +379,8 @@ def changed(**fields):
     ([changed(), changed()], ["q7", "more than once"]),
     (["x"], ["layout"]),
     ([changed(answers=[{"text": "x", "answer_start": "x"}])], ["layout"]),
+    ([changed(answers=[{"text": "x", "answer_start": float("inf")}])], ["layout"]),    # 1e400
+    ([changed(is_impossible="false")], ["q7", '"is_impossible": "false"', "without quotes"]),
 ])
 def test_a_wrong_question_is_named_in_one_line(tokenizer, tmp_path, qas, hints):
     good = file_of(tmp_path, [qa("1", ["1843"])], "good")
@@ -375,12 +392,12 @@ def test_a_wrong_question_is_named_in_one_line(tokenizer, tmp_path, qas, hints):
 
 @pytest.mark.parametrize(("data", "hint"), [
     (None, "cannot be read"), (b'{"data": [\n"\xe9"]}', r":2 is not UTF-8"), (b"{", "is not JSON"),
-    (b"[]", "layout"), (b'{"data": 3}', "layout")])
+    (b"[]", "layout"), (b'{"data": 3}', "layout"), (b"[" * 100_000, "is not JSON")])
 def test_a_wrong_file_is_named_in_one_line(tokenizer, tmp_path, data, hint):
     if data is not None:
         (tmp_path / "bad.json").write_bytes(data)
     with pytest.raises(UserError) as error:
-        squad.from_config({"train": tmp_path / "bad.json"}, tokenizer, 64)
+        squad.from_config({"train": tmp_path / "bad.json", "dev": tmp_path / "bad.json"}, tokenizer, 64)
     text = str(error.value)
     assert hint in text and "task.train" in text and "bad.json" in text and "\n" not in text
 

@@ -138,6 +138,24 @@ def test_the_scheme_is_found_from_the_tags(tokenizer, tmp_path, tags, scheme):
     assert task.metric == ("accuracy" if scheme == "plain" else "f1")
 
 
+def test_what_was_found_is_told(tokenizer, tmp_path, capsys):
+    task_of(tokenizer, tmp_path, train_scheme="bioes")
+    told = capsys.readouterr().out
+    assert told == "task.train: 4 tags (B-LOC, B-PER, I-PER, O) in the scheme bio, learnt as bioes; the metric is f1\n"
+
+
+@pytest.mark.parametrize(("train", "line", "tag"), [
+    ("# my corpus\n\n" + TRAIN, 1, "corpus"), (TRAIN + "y NN B\n", 14, "B"),
+    ("a B-A\nb I-A\nc U-A\nd L-A\ne X\n", 5, "X"),
+])
+def test_a_stray_tag_between_marked_ones_is_refused_and_named(tokenizer, tmp_path, train, line, tag):
+    with pytest.raises(UserError) as error:
+        task_of(tokenizer, tmp_path, train)
+    assert f'train.txt:{line}: the tag "{tag}" has no span\'s mark' in str(error.value) and "\n" not in str(error.value)
+    assert "task.scheme=plain" in str(error.value)
+    assert task_of(tokenizer, tmp_path, train, scheme="plain").metric == "accuracy"
+
+
 # --- Features and scores --------------------------------------------------------------------------------
 
 
@@ -200,8 +218,6 @@ def test_without_dev_a_fixed_share_of_train_is_held_out(tokenizer, tmp_path, cap
     assert len(words["train"]) == 36 and sorted(words["train"] + words["dev"]) == sorted(f"w{i}" for i in range(40))
     again = tagging.from_config({"train": path}, tokenizer, 64)
     assert [s.words[0] for s in again._sentences["dev"]] == words["dev"]
-    more = tagging.from_config({"train": path, "dev_fraction": 0.5}, tokenizer, 64)
-    assert len(more._sentences["dev"]) == 20
 
 
 def test_a_test_file_may_lack_the_tags(tokenizer, tmp_path):
@@ -218,6 +234,12 @@ def test_a_test_file_may_lack_the_tags(tokenizer, tmp_path):
         task.write_predictions("test", [*outputs, *outputs], tmp_path)
 
 
+def test_a_test_file_may_have_placeholders_for_tags(tokenizer, tmp_path):
+    for tag in ("?", "B-XYZ"):
+        task = task_of(tokenizer, tmp_path, test=write(tmp_path, f"Ada NNP {tag}\nx NN O\n", "test"))
+        assert task.features("test")[0].targets == {}
+
+
 def test_columns_and_tabs(tokenizer, tmp_path):
     text = "New York\tB-LOC\tx\nis\tO\ty\n"
     task = task_of(tokenizer, tmp_path, text, tag_column=1)
@@ -225,6 +247,9 @@ def test_columns_and_tabs(tokenizer, tmp_path):
     assert task._sentences["train"][0].tags == ["B-LOC", "O"]
     task.write_predictions("dev", saying(task, "dev", ["B-LOC", "O"]), tmp_path)
     assert (tmp_path / "tagging-dev.txt").read_text() == "New York\tB-LOC\tB-LOC\nis\tO\tO\n\n"
+    task = task_of(tokenizer, tmp_path, "Paris\tnoun phrase\nis\tverb\n")
+    task.write_predictions("dev", saying(task, "dev", ["noun phrase", "verb"]), tmp_path)
+    assert (tmp_path / "tagging-dev.txt").read_text() == "Paris\tnoun phrase\tnoun phrase\nis\tverb\tverb\n\n"
     text = "\ufeff1 Ada B-PER\r\n2 is O\r\n \r\n1 x O"
     for column, words in ((0, [["1", "2"], ["1"]]), (1, [["Ada", "is"], ["x"]])):
         task = task_of(tokenizer, tmp_path, text, word_column=column)
@@ -283,8 +308,7 @@ def test_wrong_fields_are_named(tokenizer, tmp_path):
             ({"train": path, "train_scheme": "x"}, 64, "task.train_scheme=x"),
             ({"train": path, "tag_column": 3}, 64, "task.tag_column=3 .*:3, which has 3 columns"),
             ({"train": path, "word_column": -4}, 64, "task.word_column=-4"),
-            ({"train": path, "dev_fraction": 1.0}, 64, "task.dev_fraction=1.0"),
-            ({"train": plain}, 64, "task.dev_fraction=0.1 of 1 sentences"),
+            ({"train": plain}, 64, "task.dev is empty, and the one sentence of task.train"),
             ({"train": plain, "dev": unseen}, 64, 'task.dev.*:2: the tag "JJ" does not occur'),
             ({"train": plain, "scheme": "bio"}, 64, 'task.train.*:1: the tag "DT" is not in the scheme bio')]:
         with pytest.raises(UserError, match=hint):

@@ -8,7 +8,7 @@ import pytest
 
 from electra_jax.config import UserError
 from electra_jax.data.tokenizer import load_tokenizer
-from electra_jax.tasks import text
+from electra_jax.tasks import scores, text
 from electra_jax.tasks.text import Row, TextTask, from_config, read_table, restore
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -70,9 +70,10 @@ def test_jsonl_reads_labels_of_any_plain_type_and_mends_lone_surrogates(tmp_path
 
 
 @pytest.mark.parametrize("form", [".tsv", ".csv", ".jsonl"])
-def test_gz_reads_the_same(tmp_path, form):
+@pytest.mark.parametrize("spell", [str.lower, str.upper])
+def test_gz_reads_the_same(tmp_path, form, spell):
     contents = {".tsv": "text\tlabel\na\tb\n", ".csv": "text,label\na,b\n", ".jsonl": '{"text": "a", "label": "b"}\n'}
-    file = write(tmp_path / f"a{form}.gz", gzip.compress(contents[form].encode()))
+    file = write(tmp_path / spell(f"a{form}.gz"), gzip.compress(contents[form].encode()))
     assert [record[:2] for record in read_table(file, "task.train", COLUMNS)] == [(("a",), "b")]
 
 
@@ -91,7 +92,8 @@ def test_a_csv_field_may_be_longer_than_the_modules_limit(tmp_path):
     ("a.csv", 'text,label\n"a\nb",c\nd\n', ":4 has 1 columns"),
     ("a.tsv", "", "has no rows"), ("a.tsv", "text\tlabel\n\n", "has no rows"), ("a.jsonl", "\n", "has no rows"),
     ("a.tsv", b"text\tlabel\na\tb\n\xe4\tc\n", ":3 is not UTF-8"),
-    ("a.tsv", "text\tlabel\n".encode("utf-16"), ":1 is not UTF-8"),
+    ("a.tsv", "text\tlabel\n".encode("utf-16"), ":1 is not UTF-8 text: convert it, e.g. iconv -f UTF-16 -t"),
+    ("a.csv", "text,label,text\na,b,c\n", "a.csv has 2 columns of that name: rename all but one"),
     ("a.tsv", "text\tlabel\na\t\n", ":2 has an empty label"),
     ("a.jsonl", '{"text": "a", "label": null}\n', ":1 has an empty label"),
     ("a.jsonl", '{"text": "a", "label": 1}\n{"text": "a"}\n', ":2 has no such column: name one of text"),
@@ -134,8 +136,31 @@ def test_label_type_decides_between_classes_and_scores(tmp_path, tokenizer):
                 for kind in ("auto", "class", "score")]
     assert heads([1, 2, 3]) == ["classification", "classification", "regression"]
     assert heads(["1.0", "2.5", "3"]) == ["regression", "classification", "regression"]
-    file = table(tmp_path, ["1.5", "nan", "2"])    # a class called nan
-    assert from_config(config(file), tokenizer, 16, 0).labels == ("1.5", "2", "nan")
+    for file in (table(tmp_path, ["1.5", "nan", "N/A"]), table(tmp_path, ["v1.5", "2.5", "3.5", "x", "y"])):
+        assert from_config(config(file), tokenizer, 16, 0).head == "classification"
+
+
+def test_what_was_found_is_told_and_scores_with_a_few_words_between_them_are_refused(tmp_path, tokenizer, capsys):
+    from_config(config(table(tmp_path, ["0.5", "-1", "3.9"])), tokenizer, 16, 0)
+    assert capsys.readouterr().out == "task.label=label: scores from -1 to 3.9\n"
+    from_config(config(table(tmp_path, "cab")), tokenizer, 16, 0)
+    assert capsys.readouterr().out == "task.label=label: 3 classes: a, b, c\n"
+    with pytest.raises(UserError):
+        from_config(config(table(tmp_path, ["0", "0.5", "1", "2", "3", "N/A", "x"])), tokenizer, 16, 0)
+    labels = [f"{i / 10:.1f}" for i in range(40)]
+    for odd in ("N/A", "nan"):
+        file = table(tmp_path, [*labels, odd, odd, *labels])
+        with pytest.raises(UserError) as error:
+            from_config(config(file), tokenizer, 16, 0)
+        assert f"task.train: {file}:42: label '{odd}' is not a number, but most of the 41 different" in one_line(error)
+        assert "task.label_type=class" in str(error.value)
+        assert len(from_config(config(file, label_type="class"), tokenizer, 16, 0).labels) == 41
+
+
+def test_a_whole_number_is_one_class_however_json_spells_it(tmp_path, tokenizer):
+    rows = [{"text": "good", "label": label} for label in (1, 1.0, 0, 0.0, "1")]
+    file = write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, rows)))
+    assert from_config(config(file), tokenizer, 16, 0).labels == ("0", "1")
 
 
 def test_metrics_follow_the_kind_of_label(tmp_path, tokenizer):
@@ -175,7 +200,7 @@ def test_an_empty_dev_holds_out_a_tenth_of_train_the_same_for_a_seed(tmp_path, t
                                                                 for i in range(100)))
     task = from_config(config(file, dev=""), tokenizer, 16, 3)
     printed = capsys.readouterr().out
-    assert printed.count("\n") == 1 and "10 of 100 rows" in printed and file in printed and "seed 3" in printed
+    assert printed.count("\n") == 2 and "10 of 100 rows" in printed and file in printed and "seed 3" in printed
     rows = {split: [tuple(f.input_ids) for f in task.features(split)] for split in task.splits()}
     assert list(rows) == ["train", "dev"] and (len(rows["train"]), len(rows["dev"])) == (90, 10)
     assert len(set(rows["train"] + rows["dev"])) == 100
@@ -192,7 +217,8 @@ def test_a_class_that_is_all_held_out_is_still_known(tmp_path, tokenizer):
 
 def test_a_test_file_needs_no_labels(tmp_path, tokenizer):
     train = table(tmp_path, "ab")
-    for content in ("text\ngood\n\nfilm\n", "text\tlabel\ngood\t\nfilm\t\n", "text\tlabel\ngood\ta\nfilm\t\n"):
+    for content in ("text\ngood\n\nfilm\n", "text\tlabel\ngood\t\nfilm\t\n", "text\tlabel\ngood\ta\nfilm\t\n",
+                    "text\tlabel\ngood\t-1\nfilm\t-1\n"):
         test = write(tmp_path / "test.tsv", content)
         task = from_config(config(train, test=test), tokenizer, 16, 0)
         assert task.splits() == ("train", "dev", "test") and task.features("test")[1].targets == {}
@@ -274,14 +300,26 @@ def test_outputs_that_do_not_match_the_features_are_refused(tokenizer, tmp_path)
             use()
 
 
-def test_predictions_of_labelled_splits_show_the_label_and_quote_what_would_break_a_line(tokenizer, tmp_path):
-    task = pair_task(tokenizer, labels=("no", "y\tes"))
+def test_predictions_of_labelled_splits_show_the_label_without_quotes_and_with_spaces_for_tabs(tokenizer, tmp_path):
+    task = pair_task(tokenizer, labels=('"no"', "y\te\r\ns"))
     task.write_predictions("train", logits(0, 0), tmp_path / "new")
-    assert (tmp_path / "new" / "pairs-train.tsv").read_text() == \
-        'index\tprediction\tlabel\n0\tno\t"y\tes"\n1\tno\tno\n'
-    task = pair_task(tokenizer, labels=(), metrics=("pearson",), low=0.0, high=5.0, clip=True)
-    task.write_predictions("train", [{"score": 1.5}, {"score": np.float32(0.3)}], tmp_path)
-    assert (tmp_path / "pairs-train.tsv").read_text() == "index\tprediction\tlabel\n0\t5\t1\n1\t1.5\t0\n"
+    assert (tmp_path / "new" / "pairs-train.tsv").read_bytes() == \
+        b'index\tprediction\tlabel\n0\t"no"\ty e  s\n1\t"no"\t"no"\n'
+
+
+def test_scores_in_a_file_are_those_that_were_scored_and_only_submissions_are_clipped(tokenizer, tmp_path):
+    rows = [Row(("good", "film"), label, i) for i, label in enumerate((4.0, 5.0, 1.0))]
+    task = pair_task(tokenizer, labels=(), metrics=("spearman", "pearson"), low=0.0, high=5.0, clip=True, rows={
+        "dev": rows, "test": [row._replace(label=None) for row in rows]})
+    outputs = [{"score": x} for x in (1.01, np.float32(1.5), -0.3)]
+    task.write_predictions("dev", outputs, tmp_path)
+    written = [line.split("\t") for line in (tmp_path / "pairs-dev.tsv").read_text().splitlines()[1:]]
+    assert [line[1:] for line in written] == [["5.05", "4"], ["7.5", "5"], ["-1.5", "1"]]
+    labels, predicted = [row.label for row in rows], [float(line[1]) for line in written]
+    assert task.score("dev", outputs) == {name: pytest.approx(scores.METRICS[name](labels, predicted))
+                                          for name in ("spearman", "pearson")}
+    task.write_predictions("test", outputs, tmp_path)
+    assert (tmp_path / "pairs-test.tsv").read_text() == "index\tprediction\n0\t5\n1\t5\n2\t0\n"
 
 
 def test_a_task_comes_back_from_its_spec_as_json_and_answers_the_same(tokenizer):

@@ -269,6 +269,21 @@ def test_predictions_come_back_in_order_whatever_the_batches(kind, programs):
             assert np.exp(outputs["start"]).sum() == pytest.approx(1, abs=1e-6)
 
 
+def test_an_evaluation_batch_has_no_more_rows_than_there_are_beyond_1024(programs):
+    program, rows = programs["classification"], features("classification", 3)
+    data = config_lib.get_config().data
+    data.update({"bucket": 8, "eval_batch_size": 10**12})
+    assert len(run.predict(program, noise(program), rows, data, 0)) == 3
+
+
+def test_only_glues_own_tasks_have_its_epochs():
+    c = config_lib.get_config()
+    assert [config_lib.epochs(c, name) for name in ("rte", "stsb", "cola")] == [10, 10, 3]
+    for kind, passes in (("text", 3), ("tagging", 3), ("squad", 2)):
+        c.task.kind = kind
+        assert config_lib.epochs(c, "stsb") == passes
+
+
 def test_seeds_and_lengths_of_runs_share_one_compilation_a_shape(quick_compile):
     head = heads.Head("classification", 2, "electra", 0.123)    # of its own, so that no other test compiled it
     program = step.program(ARCH, head, SETTINGS, mesh())

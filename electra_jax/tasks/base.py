@@ -1,8 +1,11 @@
 """What a task is to the fine-tuning loop: features in, outputs of the network back, scores and predictions out."""
 
+import codecs
+import contextlib
 import dataclasses
 import gzip
 import os
+import stat
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -88,18 +91,42 @@ def read_text(field: str, path: str | os.PathLike) -> str:
 
     Raises UserError that names the config's `field`, the file and, for other text than UTF-8, the line.
     """
-    try:
+    with _reading(field, path):
         data = Path(path).expanduser().read_bytes()
-        data = gzip.decompress(data) if str(path).endswith(".gz") else data
-    except (OSError, EOFError, zlib.error) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise UserError(f"{field}: {path} cannot be read ({reason}): check the path and the file.") from error
+        data = gzip.decompress(data) if str(path).lower().endswith(".gz") else data
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{field}: {path}:{line} is not UTF-8 text: convert it, e.g. iconv -f LATIN1 -t UTF-8."
-                        ) from error
+        raise UserError(f"{field}: {path}:{line} is not UTF-8 text: convert it, e.g. iconv -f {likely_encoding(data)} "
+                        "-t UTF-8.") from error
+
+
+def likely_encoding(data: bytes) -> str:
+    """Returns the name of what a text that is not UTF-8 most likely is, by its byte order mark."""
+    return "UTF-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "LATIN1"
+
+
+def checksum(field: str, path: str | os.PathLike) -> int | None:
+    """Returns a CRC of a file's bytes; None for a pipe, whose bytes come only once. Raises UserError as `read_text`."""
+    crc = 0
+    with _reading(field, path):
+        path = Path(path).expanduser()
+        if stat.S_ISFIFO(path.stat().st_mode):
+            return None
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                crc = zlib.crc32(block, crc)
+    return crc
+
+
+@contextlib.contextmanager
+def _reading(field: str, path: str | os.PathLike):
+    try:
+        yield
+    except (OSError, EOFError, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"{field}: {path} cannot be read ({reason}): check the path and the file.") from error
 
 
 def join(tokenizer: Tokenizer, a: Sequence[int], b: Sequence[int] | None, seq_len: int,

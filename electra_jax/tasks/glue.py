@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 from electra_jax.config import UserError
 from electra_jax.data.tokenizer import Tokenizer
-from electra_jax.tasks.text import Record, TextTask, make_rows, read_table, to_class, to_score
+from electra_jax.tasks.tables import Record, read_table
+from electra_jax.tasks.text import TextTask, make_rows, to_class, to_score
 
 _FIELD = "task.data_dir"
 _TRAIN = ("train.tsv", "msr_paraphrase_train.txt")    # one of them is in a task's folder
@@ -69,10 +70,28 @@ def load(name: str, tokenizer: Tokenizer, seq_len: int, data_dir: str, double_un
         records = _from_tfds(name, spec, splits, where)
     else:
         records = _from_files(name, spec, splits, _folder(spec, data_dir))
-    rows = {split: _rows(spec, found, source) for split, (found, source) in records.items()}
+    to_label = to_class(spec.labels) if spec.labels else _score
+    rows = {split: make_rows(found, to_label, source, not split.startswith("test"))
+            for split, (found, source) in records.items()}
     return TextTask(name, tokenizer, seq_len, spec.columns, spec.labels, spec.metrics, rows, low=0.0,
                     high=1.0 if spec.labels else 5.0, clip=not spec.labels, swap=double_unordered and spec.unordered,
                     files={split: _predictions_file(name, spec, split) for split in rows})
+
+
+def files(name: str, data_dir: str) -> dict[str, Path]:
+    """Returns the files that `load` reads, by name: those that have to be there, and what else is."""
+    spec, (scheme, _, where) = TASKS[name], str(data_dir).partition(":")
+    if scheme == "tfds":
+        root = Path(_builder(name, where).data_path)
+        return {path.name: path for path in sorted(root.iterdir()) if path.is_file()}
+    folder = _folder(spec, data_dir)
+    if name == "mrpc" and not (folder / "train.tsv").exists():
+        needed, others = ("msr_paraphrase_train.txt", _dev_ids(folder).name), ("msr_paraphrase_test.txt",)
+    else:
+        names = {split: f"{file}.tsv" for split, (file, _) in (_MNLI_SPLITS if name == "mnli" else _SPLITS).items()}
+        needed = names["train"], names["dev"]
+        others = tuple(file for file in names.values() if file not in needed)
+    return {file: folder / file for file in (*needed, *others) if file in needed or (folder / file).exists()}
 
 
 def present(data_dir: str) -> list[str]:
@@ -89,10 +108,6 @@ def present(data_dir: str) -> list[str]:
         raise UserError(f"{_FIELD}={data_dir}: {root} holds no task of GLUE: give the folder that holds CoLA/, SST-2/, "
                         "..., or one that TensorFlow Datasets has prepared.")
     return found
-
-
-def _rows(spec: Spec, records: list[Record], source: str) -> list:
-    return make_rows(records, to_class(spec.labels) if spec.labels else _score, source)
 
 
 def _score(label: str) -> float:
@@ -142,18 +157,22 @@ def _from_files(name: str, spec: Spec, splits: Mapping, folder: Path) -> dict[st
     return found
 
 
+def _dev_ids(folder: Path) -> Path:
+    for path in (folder / "dev_ids.tsv", folder / "mrpc_dev_ids.tsv"):
+        if path.exists():
+            return path
+    raise UserError(f"{_FIELD}={folder}: dev_ids.tsv, GLUE's list of the rows of msr_paraphrase_train.txt that are "
+                    "dev, is missing: put it there, or give train.tsv and dev.tsv.")
+
+
 def _columns(spec: Spec) -> dict[str, str]:
     return dict(zip(spec.columns, spec.header or spec.columns, strict=True)) | {"label": spec.label}
 
 
 def _from_msr(spec: Spec, folder: Path) -> dict[str, tuple[list[Record], str]]:
     """MRPC as Microsoft publishes it; GLUE's dev set is the part of train that dev_ids.tsv lists by both ids."""
-    ids = next((path for path in (folder / "dev_ids.tsv", folder / "mrpc_dev_ids.tsv") if path.exists()), None)
-    if ids is None:
-        raise UserError(f"{_FIELD}={folder}: dev_ids.tsv, GLUE's list of the rows of msr_paraphrase_train.txt that are "
-                        "dev, is missing: put it there, or give train.tsv and dev.tsv.")
-    dev = {record.texts for record in read_table(ids, _FIELD, {"a": "0", "b": "1", "label": ""}, header=False,
-                                                 need_label=False)}
+    dev = {record.texts for record in read_table(_dev_ids(folder), _FIELD, {"a": "0", "b": "1", "label": ""},
+                                                 header=False, need_label=False)}
     columns = {"id1": "#1 ID", "id2": "#2 ID"} | _columns(spec)
     train, test = folder / "msr_paraphrase_train.txt", folder / "msr_paraphrase_test.txt"
     found = {"train": ([], f"{_FIELD}: {train}"), "dev": ([], f"{_FIELD}: {train}")}
@@ -168,16 +187,21 @@ def _from_msr(spec: Spec, folder: Path) -> dict[str, tuple[list[Record], str]]:
 # --- TensorFlow Datasets ------------------------------------------------------------------------
 
 
-def _from_tfds(name: str, spec: Spec, splits: Mapping, folder: str) -> dict[str, tuple[list[Record], str]]:
+def _builder(name: str, folder: str):
     import tensorflow_datasets as tfds
-    found = {}
     try:
         builder = tfds.builder(f"glue/{name}", data_dir=str(Path(folder).expanduser()) if folder else None)
-        sources = {split: builder.as_data_source(split=theirs) for split, (_, theirs) in splits.items()}
+        builder.as_data_source()    # fails where nothing is prepared, or in another format
     except Exception as error:    # tfds raises a dozen types, from unknown names to missing files
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{_FIELD}=tfds{':' * bool(folder)}{folder}: tfds cannot open glue/{name} ({first}): prepare "
                         "it with file_format=\"array_record\", and give its data_dir as tfds:DIR.") from error
+    return builder
+
+
+def _from_tfds(name: str, spec: Spec, splits: Mapping, folder: str) -> dict[str, tuple[list[Record], str]]:
+    found, builder = {}, _builder(name, folder)
+    sources = {split: builder.as_data_source(split=theirs) for split, (_, theirs) in splits.items()}
     names = getattr(builder.info.features["label"], "names", None)
     for split, source in sources.items():
         records = []

@@ -83,6 +83,16 @@ def answer_f1(prediction: str, gold: str) -> float:
     return 2 * common / (len(ours) + len(theirs))
 
 
+def against_gold(text: str, gold: Sequence[str], v2: bool) -> tuple[float, float]:
+    """Returns exact match and F1 against the gold answer that suits best, as SQuAD's script of that version."""
+    if v2:    # evaluate-v2.0.py: answers of nothing but articles and punctuation do not count
+        gold = [answer for answer in gold if normalise_answer(answer)] or [""]
+    answer = normalise_answer(text)
+    f1 = max(answer_f1(text, each) for each in gold)
+    # evaluate-v1.1.py gives an empty prediction no F1, whatever the answer.
+    return float(any(answer == normalise_answer(each) for each in gold)), f1 if v2 or answer else 0.0
+
+
 def best_threshold(answered: np.ndarray, empty: np.ndarray, odds: np.ndarray) -> tuple[float, float]:
     """Returns the best mean over all thresholds, and the lowest threshold that gives it.
 

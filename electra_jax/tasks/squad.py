@@ -13,7 +13,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from electra_jax.config import UserError
 from electra_jax.data.tokenizer import Tokenizer
 from electra_jax.tasks.base import Feature, Outputs, Task, read_text
-from electra_jax.tasks.scores import answer_f1, best_threshold, normalise_answer
+from electra_jax.tasks.scores import against_gold, best_threshold, normalise_answer
 
 _DEFAULTS = {
     "version": "v1.1",         # "v1.1", or "v2.0": some questions have no answer
@@ -67,7 +67,8 @@ class _Prediction:
 class SquadTask(Task):
     """Extractive question answering. `from_config` makes it from files, `restore` without data.
 
-    `inexact` counts, by split, first answers that no span of tokens gives back (compared as the metric does).
+    `inexact` counts, by split, first answers that no span of tokens gives back (compared as the metric does). An answer
+    that is not at its answer_start is a mistake in the data: `load` prints how many there are, and refuses many.
     `threshold` is what null odds must exceed for "no answer" in v2.0.
     """
 
@@ -97,15 +98,16 @@ class SquadTask(Task):
         where = f"{field}: {path}"
         self.inexact[split] = 0
         questions = self._questions[split] = []
+        self._misplaced: list[str] = []    # ids
         try:
             articles = json.loads(read_text(field, path))["data"]
             paragraphs = [paragraph for article in articles for paragraph in article["paragraphs"]]
             for paragraph in paragraphs:
                 context = self._context(paragraph["context"])
                 questions += [self._question(qa, context, split, where) for qa in paragraph["qas"]]
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise UserError(f"{where} is not JSON ({error}): give a file in SQuAD's layout.") from error
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
             raise UserError(f"{where} is not in SQuAD's layout ({type(error).__name__}: {error}): it is {{\"data\": "
                             "[{\"paragraphs\": [{\"context\", \"qas\": [{\"id\", \"question\", \"answers\"}]}]}]}."
                             ) from error
@@ -114,6 +116,19 @@ class SquadTask(Task):
         twice = [name for name, n in collections.Counter(q.id for q in questions).items() if n > 1]
         if twice:
             raise UserError(f"{where} has the question id {twice[0]} more than once: make ids unique.")
+        self._tell_misplaced(split, where)
+
+    def _tell_misplaced(self, split: str, where: str) -> None:
+        """Warns of answers that are not where their answer_start says; UserError if that is every hundredth."""
+        answers = sum(q.span is not None for q in self._questions[split])
+        if self._misplaced:
+            told = (f"{where}: {len(self._misplaced)} of {answers} answers are not at their answer_start, the first is "
+                    f"of question {self._misplaced[0]}")
+            if 100 * len(self._misplaced) > answers:
+                raise UserError(f"{told}: count characters (not bytes) of the context from 0, or leave these out.")
+            print(f"warning: {told}; they are trained on as they are", flush=True)
+        if self.inexact[split]:
+            print(f"{where}: {self.inexact[split]} of {answers} answers begin or end inside a token", flush=True)
 
     def _context(self, text: str) -> _Context:
         text = _clean(text)
@@ -128,7 +143,11 @@ class SquadTask(Task):
         return ids
 
     def _question(self, qa: Mapping, context: _Context, split: str, where: str) -> _Question:
-        impossible, answers = bool(qa.get("is_impossible", False)), qa.get("answers") or []
+        impossible, answers = qa.get("is_impossible"), qa.get("answers") or []
+        if impossible not in (True, False, None):    # the string "false" would be true
+            raise UserError(f"{where}: question {qa['id']} has \"is_impossible\": {json.dumps(impossible)[:40]}: write "
+                            "true or false, without quotes.")
+        impossible = bool(impossible)
         if impossible and not self._v2:
             raise UserError(f"task.version=v1.1 has an answer to every question, but {where} has none to {qa['id']}: "
                             "set task.version=v2.0.")
@@ -140,6 +159,8 @@ class SquadTask(Task):
             if not 0 <= start < start + len(text) <= len(context.text):
                 raise UserError(f"{where}: the answer of question {qa['id']} (answer_start {start}, {len(text)} "
                                 f"characters) is not in its context of {len(context.text)}: correct it.")
+            if context.text[start:start + len(text)] != _clean(text):
+                self._misplaced.append(str(qa["id"]))
             span = _tokens_of(context, start, start + len(text))
             self.inexact[split] += span is None or normalise_answer(_text(context, *span)) != normalise_answer(text)
         return _Question(str(qa["id"]), self._query(qa["question"]), context,
@@ -261,11 +282,11 @@ class SquadTask(Task):
         known = [(q, p) for q, p in zip(self._questions[split], predictions, strict=True) if q.known]
         if not known:
             raise UserError(f"task.{split} has no answers to compare with: write its predictions instead.")
-        answered = 100 * np.array([self._against_gold(p.text, q) for q, p in known])    # [questions, (em, f1)]
+        answered = 100 * np.array([against_gold(p.text, q.answers, self._v2) for q, p in known])    # [N, (em, f1)]
         if not self._v2:
             em, f1 = answered.mean(0).tolist()
             return {"em": em, "f1": f1}
-        empty = 100 * np.array([self._against_gold("", q) for q, _ in known])
+        empty = 100 * np.array([against_gold("", q.answers, self._v2) for q, _ in known])
         odds, impossible = np.array([p.null_odds for _, p in known]), np.array([q.impossible for q, _ in known])
         best_em, _ = best_threshold(answered[:, 0], empty[:, 0], odds)
         best_f1, threshold = best_threshold(answered[:, 1], empty[:, 1], odds)
@@ -277,16 +298,6 @@ class SquadTask(Task):
             if len(rows):
                 scores[prefix + "em"], scores[prefix + "f1"] = rows.mean(0).tolist()
         return scores | {"best_em": best_em, "best_f1": best_f1, "threshold": self.threshold}
-
-    def _against_gold(self, text: str, question: _Question) -> tuple[float, float]:
-        """Returns exact match and F1 against the gold answer that suits best."""
-        gold = question.answers
-        if self._v2:    # as evaluate-v2.0.py: answers of nothing but articles and punctuation do not count
-            gold = [answer for answer in gold if normalise_answer(answer)] or [""]
-        answer = normalise_answer(text)
-        f1 = max(answer_f1(text, each) for each in gold)
-        # evaluate-v1.1.py gives an empty prediction no F1, whatever the answer.
-        return float(any(answer == normalise_answer(each) for each in gold)), f1 if self._v2 or answer else 0.0
 
     def write_predictions(self, split: str, outputs: Sequence[Outputs], folder: Path) -> None:
         """Writes predictions-SPLIT.json {id: text, "" for no answer}, nbest-SPLIT.json, in v2.0 null_odds-SPLIT.json.
@@ -354,18 +365,26 @@ def from_config(config: Mapping[str, Any], tokenizer: Tokenizer, seq_len: int) -
     leaves no room for a context.
     """
     task = SquadTask(tokenizer, seq_len, {name: config.get(name, default) for name, default in _DEFAULTS.items()})
-    folder = config.get("data_dir")
+    for split, (field, path) in files(config).items():
+        task.load(split, field, path)
+    return task
+
+
+def files(config: Mapping[str, Any]) -> dict[str, tuple[str, Any]]:
+    """Returns field and path of each split's file; raises UserError where none is given."""
+    found, folder = {}, config.get("data_dir")
     for split in ("train", "dev", "test"):
         field, path = f"task.{split}", config.get(split)
         if not path and folder:
-            field, path = "task.data_dir", Path(folder).expanduser() / f"{split}-{task.options['version']}.json"
+            version = config.get("version", _DEFAULTS["version"])
+            field, path = "task.data_dir", Path(folder).expanduser() / f"{split}-{version}.json"
             if split == "test" and not path.exists():
                 continue
         if path:
-            task.load(split, field, path)
+            found[split] = field, path
         elif split != "test":
             raise UserError(f"task.{split} is empty and so is task.data_dir: give one of them.")
-    return task
+    return found
 
 
 def restore(spec: Mapping[str, Any], tokenizer: Tokenizer) -> SquadTask:

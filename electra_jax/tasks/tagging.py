@@ -15,6 +15,7 @@ from electra_jax.tasks.base import Feature, Outputs, Task, read_text
 
 Chunk = tuple[str, int, int]    # type, first word, one past the last word
 
+_HELD_OUT = 0.1    # share of train that is dev, where no dev file is given
 _SCHEMES = ("bio", "iob1", "bioes", "plain")
 _MARKED = re.compile(r"O|[BIES]-.+", re.DOTALL)
 _BILOU = re.compile(r"O|[BILU]-.+", re.DOTALL)
@@ -137,8 +138,8 @@ class TaggingTask(Task):
         with open(folder / f"tagging-{split}.txt", "w", encoding="utf-8", newline="\n") as file:
             for sentence, tags in self._predict_all(split, outputs):
                 columns = [sentence.words, *([] if sentence.tags is None else [sentence.tags]), tags]
-                # Words with a space in them come from files with tabs.
-                gap = "\t" if any(" " in word for word in sentence.words) else " "
+                # Words and tags with a space in them come from files with tabs.
+                gap = "\t" if any(" " in cell for column in columns for cell in column) else " "
                 file.writelines(gap.join(row) + "\n" for row in zip(*columns, strict=True))
                 file.write("\n")
 
@@ -170,10 +171,10 @@ class TaggingTask(Task):
 def from_config(config: Mapping[str, Any], tokenizer: Tokenizer, seq_len: int) -> TaggingTask:
     """Returns the task with its data from the fields of `config.task`.
 
-    `train`, `dev`, `test`: paths; without `dev`, `dev_fraction` (0.1) of train is held out, always the same
-    sentences. `word_column` 0, `tag_column` -1. `scheme`: "auto" (found from train), "bio", "iob1", "bioes", "plain";
-    `train_scheme`: "" (as the files) or one of them, plain tags stay plain; `segment_ones` True; `name`. Raises
-    UserError, which names file and line.
+    `train`, `dev`, `test`: paths; without `dev`, a tenth of train is held out, always the same sentences.
+    `word_column` 0, `tag_column` -1. `scheme`: "auto" (found from train), "bio", "iob1", "bioes", "plain";
+    `train_scheme`: "" (as the files) or one of them, plain tags stay plain; `segment_ones` True; `name`. Prints which
+    tags were found. Raises UserError, which names file and line.
     """
     word_column, tag_column = config.get("word_column", 0), config.get("tag_column", -1)
     if not config.get("train"):
@@ -187,19 +188,27 @@ def from_config(config: Mapping[str, Any], tokenizer: Tokenizer, seq_len: int) -
     train = files["train"]
     scheme, train_scheme = config.get("scheme") or "auto", config.get("train_scheme") or ""
     if scheme == "auto":
-        scheme = _find_scheme([sentence.tags for sentence in train], config.get("train"))
+        scheme = _find_scheme(train, config.get("train"))
     if "plain" in (scheme, train_scheme) or not train_scheme:
         train_scheme = scheme
     for field, value in (("scheme", scheme), ("train_scheme", train_scheme)):
         if value not in _SCHEMES:
             raise UserError(f"task.{field}={value} is unknown: give one of {', '.join(_SCHEMES)}.")
     for split, sentences in files.items():
-        _check_tags(f"task.{split}: {config.get(split)}", sentences, train, scheme)
+        try:
+            _check_tags(f"task.{split}: {config.get(split)}", sentences, train, scheme)
+        except UserError:
+            if split != "test":
+                raise    # test sets are published with placeholders for tags
+            files[split] = [dataclasses.replace(sentence, tags=None) for sentence in sentences]
     if "dev" not in files:
-        files["train"], files["dev"] = _hold_out(train, config.get("dev_fraction", 0.1))
+        files["train"], files["dev"] = _hold_out(train)
         print(f"task.dev is empty: {len(files['dev'])} of the {len(train)} sentences of task.train are held out as dev")
     task = TaggingTask(tokenizer, seq_len, _labels(train, train_scheme), scheme, train_scheme,
                        bool(config.get("segment_ones", True)), config.get("name") or "tagging")
+    found = sorted({tag for sentence in train for tag in sentence.tags})
+    print(f"task.train: {len(found)} tags ({', '.join(found[:8])}{', ...' * (len(found) > 8)}) in the scheme {scheme}, "
+          f"learnt as {train_scheme}; the metric is {task.metric}", flush=True)
     task._sentences = {split: files[split] for split in ("train", "dev", "test") if split in files}
     return task
 
@@ -259,8 +268,15 @@ def chunk_scores(pairs: Iterable[tuple[Sequence[str], Sequence[str]]]) -> dict[s
             "recall": 100 * right / max(1, gold_total)}
 
 
-def _find_scheme(sentences: list[list[str]], path) -> str:
+def _find_scheme(train: list[_Sentence], path) -> str:
+    sentences = [sentence.tags for sentence in train]
     tags = {tag for sentence in sentences for tag in sentence}
+    stray = {tag for tag in tags if not _MARKED.fullmatch(tag) and not _BILOU.fullmatch(tag)}
+    if 2 * len(stray) < len(tags) and stray and tags - stray != {"O"}:
+        line, tag = next((sentence.line + i, tag) for sentence in train for i, tag in enumerate(sentence.tags)
+                         if tag in stray)
+        raise UserError(f"task.train: {path}:{line}: the tag {json.dumps(tag)} has no span's mark (B-, I-, ...), but "
+                        f"most of the {len(tags)} different tags have: correct the line, or set task.scheme=plain.")
     if not all(map(_MARKED.fullmatch, tags)):
         if all(map(_BILOU.fullmatch, tags)):
             raise UserError(f"task.train: {path} has tags in BILOU, which is not read: spell L- as E- and U- as S-, or "
@@ -336,11 +352,11 @@ def _check_tags(where: str, sentences: list[_Sentence], train: list[_Sentence], 
                                 "examples there, or correct it.")
 
 
-def _hold_out(sentences: list[_Sentence], fraction: float) -> tuple[list[_Sentence], list[_Sentence]]:
-    count = max(1, round(fraction * len(sentences)))
-    if not 0 < fraction < 1 or count >= len(sentences):
-        raise UserError(f"task.dev_fraction={fraction} of {len(sentences)} sentences leaves none to train or to "
-                        "evaluate on: give task.dev, or another fraction.")
+def _hold_out(sentences: list[_Sentence]) -> tuple[list[_Sentence], list[_Sentence]]:
+    count = max(1, round(_HELD_OUT * len(sentences)))
+    if count >= len(sentences):
+        raise UserError("task.dev is empty, and the one sentence of task.train cannot be both trained and evaluated "
+                        "on: give task.dev, or more sentences.")
     held = set(np.random.default_rng(0).permutation(len(sentences))[:count].tolist())
     return ([s for i, s in enumerate(sentences) if i not in held], [s for i, s in enumerate(sentences) if i in held])
 

@@ -1,10 +1,8 @@
 """Classes or scores for one text or two: the user's own tables here, GLUE's in `tasks.glue`."""
 
-import csv
-import io
-import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,18 +11,11 @@ import numpy as np
 from electra_jax.config import UserError
 from electra_jax.data.tokenizer import Tokenizer
 from electra_jax.tasks import scores
-from electra_jax.tasks.base import Feature, Outputs, Task, join, read_text
+from electra_jax.tasks.base import Feature, Outputs, Task, join
+from electra_jax.tasks.tables import Record, clean, read_table
 
 _HELD_OUT = 0.1          # share of train that is dev, where no dev file is given
 _ENCODED_AT_ONCE = 10_000
-_FORMATS = (".tsv", ".csv", ".jsonl")
-
-
-class Record(NamedTuple):
-    """One example as its file spells it."""
-    texts: tuple[str, ...]
-    label: str | None
-    line: int                  # where it starts in the file, from 1
 
 
 class Row(NamedTuple):
@@ -84,16 +75,20 @@ class TextTask(Task):
         return {name: scores.METRICS[name](true, predicted) for name in self.metrics}
 
     def write_predictions(self, split: str, outputs: Sequence[Outputs], folder: Path) -> None:
-        """Writes index and prediction of every row, and its label where that is known, tab separated."""
+        """Writes index and prediction of every row, and its label where that is known, tab separated without quotes.
+
+        Scores are as `score` takes them, as in GLUE's own evaluation; only in submissions, of test, are they clipped.
+        """
         rows, predicted = self._rows[split], self._predicted(outputs)
         known = all(row.label is not None for row in rows)
         Path(folder).mkdir(parents=True, exist_ok=True)
+        if split.startswith("test"):
+            predicted = map(self._clipped, predicted)
         with open(Path(folder) / self._files.get(split, f"{self.name}-{split}.tsv"), "w", encoding="utf-8") as file:
-            writer = csv.writer(file, delimiter="\t", lineterminator="\n")
-            writer.writerow(["index", "prediction", "label"][:2 + known])
+            file.write("\t".join(["index", "prediction", "label"][:2 + known]) + "\n")
             for row, value in zip(rows, predicted, strict=True):
                 label = [self._spell(row.label)] if known else []
-                writer.writerow([row.index, self._spell(self._clipped(value)), *label])
+                file.write("\t".join([str(row.index), self._spell(value), *label]) + "\n")
 
     def spec(self) -> dict[str, Any]:
         return {"kind": "text", "name": self.name, "seq_len": self.seq_len, "columns": list(self._columns),
@@ -111,7 +106,7 @@ class TextTask(Task):
                 problem = "is not a string" if column in record else "is missing"
                 raise UserError(f"input: field {column!r} {problem}: this task reads {', '.join(self._columns)} (the "
                                 f"record has {', '.join(map(str, record)) or 'nothing'}).")
-        return self._encode([Row(tuple(_clean(record[column]) for column in self._columns), None, 0)])
+        return self._encode([Row(tuple(clean(record[column]) for column in self._columns), None, 0)])
 
     def answer(self, record: Mapping[str, Any], outputs: Sequence[Outputs]) -> dict[str, Any]:
         """Returns {"label", "probabilities": {label: share}} or {"score"}."""
@@ -150,7 +145,7 @@ class TextTask(Task):
         return min(max(value, self._low), self._high) if self._clip else value
 
     def _spell(self, value) -> str:
-        return self.labels[value] if self.labels else f"{value:.6g}"
+        return re.sub(r"[\t\n\r]", " ", self.labels[value]) if self.labels else f"{value:.6g}"
 
 
 def restore(spec: Mapping[str, Any], tokenizer: Tokenizer) -> TextTask:
@@ -165,8 +160,9 @@ def from_config(task: Mapping[str, Any], tokenizer: Tokenizer, seq_len: int, see
     `task` has `train`, `dev`, `test` (paths; "" for dev holds out 10 % of train, drawn with `seed`, for test is none),
     `text`, `text_pair` ("" if there is one text), `label`: names of columns, or their numbers from 0 in tables without
     a header; `label_type` "class", "score" or "auto" (score if the labels are numbers, and not all whole). Classes are
-    those of train, sorted. Raises UserError for what `read_table` does, for labels that train has not, for labels that
-    do not differ and for an unknown `label_type`.
+    those of train, sorted. Prints which labels were found. Raises UserError for what `read_table` does, for labels that
+    train has not, for labels that do not differ, for scores with a few labels between them that are no numbers (of
+    "auto"), and for an unknown `label_type`.
     """
     if task["label_type"] not in ("auto", "class", "score"):
         raise UserError(f"task.label_type={task['label_type']!r} is not one of auto, class, score.")
@@ -182,17 +178,19 @@ def from_config(task: Mapping[str, Any], tokenizer: Tokenizer, seq_len: int, see
     train, where = records["train"], f"task.train: {task['train']}"
     known = [record.label for record in train]
     numbers = [number(label) for label in known]
-    is_score = task["label_type"] == "score" or (
-        task["label_type"] == "auto" and None not in numbers and not all(n.is_integer() for n in numbers))
+    is_score = task["label_type"] == "score" or (task["label_type"] == "auto" and _are_scores(train, numbers, where))
     labels = [] if is_score else sort_labels(known)
     to_label = to_score if is_score else to_class(labels)
-    rows = {split: make_rows(found, to_label, f"task.{split}: {task[split]}") for split, found in records.items()}
+    rows = {split: make_rows(found, to_label, f"task.{split}: {task[split]}", split != "test")
+            for split, found in records.items()}
     if len(set(known) if not is_score else set(numbers)) < 2:
         raise UserError(f"task.label={task['label']}: all rows of {where} have the same label {known[0]!r}: "
                         "there is nothing to learn, name another column.")
     if "dev" not in rows:
         rows = _hold_out(rows, task["train"], seed)
     low, high = (min(numbers), max(numbers)) if is_score else (0.0, 1.0)
+    print(f"task.label={task['label']}: " + (f"scores from {low:g} to {high:g}" if is_score else
+                                             f"{len(labels)} classes: {_shown(labels)}"), flush=True)
     metrics = ["spearman", "pearson"] if is_score else ["accuracy", "macro_f1"]
     if len(labels) == 2:
         metrics += ["f1", "matthews"]
@@ -209,6 +207,21 @@ def _hold_out(rows: dict[str, list[Row]], path, seed: int) -> dict[str, list[Row
     return {"train": [row for i, row in enumerate(train) if i not in chosen],
             "dev": [row for i, row in enumerate(train) if i in chosen],
             **{split: found for split, found in rows.items() if split != "train"}}
+
+
+def _are_scores(train: Sequence[Record], numbers: Sequence[float | None], where: str) -> bool:
+    """Whether labels are scores: numbers, and not all whole; UserError where most are, but some are no numbers."""
+    if all(n is None or n.is_integer() for n in numbers):
+        return False
+    others = [record for record, n in zip(train, numbers, strict=True) if n is None]
+    distinct = {record.label for record in train}
+    if not others:
+        return True
+    if 2 * len({record.label for record in others}) < len(distinct):
+        raise UserError(f"{where}:{others[0].line}: label {others[0].label!r} is not a number, but most of the "
+                        f"{len(distinct)} different labels are: correct it, or remove the row, or set "
+                        "task.label_type=class.")
+    return False
 
 
 # --- Labels -------------------------------------------------------------------------------------
@@ -233,13 +246,16 @@ def sort_labels(found: Sequence[str]) -> list[str]:
 def to_class(labels: Sequence[str]) -> Callable[[str], int]:
     """Returns the function from a label to its number; ValueError, with a reason for the user, for an unknown one."""
     numbers = {label: i for i, label in enumerate(labels)}
-    shown = ", ".join(labels[:8]) + ", ..." * (len(labels) > 8)
 
     def convert(label: str) -> int:
         if label not in numbers:
-            raise ValueError(f"is none of the known labels ({shown})")
+            raise ValueError(f"is none of the known labels ({_shown(labels)})")
         return numbers[label]
     return convert
+
+
+def _shown(labels: Sequence[str]) -> str:
+    return ", ".join(labels[:8]) + ", ..." * (len(labels) > 8)
 
 
 def to_score(label: str) -> float:
@@ -250,112 +266,21 @@ def to_score(label: str) -> float:
     return value
 
 
-def make_rows(records: Sequence[Record], to_label: Callable, where: str) -> list[Row]:
-    """Returns the rows of one file, numbered from 0; raises UserError where a label is not what `to_label` takes."""
+def make_rows(records: Sequence[Record], to_label: Callable, where: str, need_label: bool = True) -> list[Row]:
+    """Returns the rows of one file, numbered from 0.
+
+    A label that `to_label` does not take raises UserError, or without `need_label` is unknown: test sets are published
+    with placeholders.
+    """
     rows = []
     for index, record in enumerate(records):
         try:
             label = None if record.label is None else to_label(record.label)
         except ValueError as error:
+            if not need_label:
+                rows.append(Row(record.texts, None, index))
+                continue
             raise UserError(f"{where}:{record.line}: label {record.label!r} {error}: correct it, or remove the "
                             "row.") from error
         rows.append(Row(record.texts, label, index))
     return rows
-
-
-# --- Files --------------------------------------------------------------------------------------
-
-
-def read_table(path, field: str, columns: Mapping[str, str], header: bool = True, need_label: bool = True,
-               form: str = "", malformed: list[int] | None = None) -> list[Record]:
-    """Returns the records of a .tsv, .csv or .jsonl file, also with .gz behind.
-
-    `columns` gives, by name of a config field, the columns of the texts in order and last, under a field that ends in
-    "label", that of the label; they are names in the header or keys of the JSON objects, or without `header` numbers
-    from 0. Blank rows are passed over. `form` (".tsv") overrules the name of the file. TSV has no quoting, as in
-    GLUE's files; CSV has it. Numbers of lines with too many or too few columns go to `malformed` if that is given.
-    Raises UserError, with `field`, file and line, for a file that cannot be read, is not UTF-8 or has no rows; for a
-    missing column, a wrong number of columns, a text that is none and, with `need_label`, an empty label.
-    """
-    where = f"{field}: {path}"
-    form = form or next((form for form in _FORMATS if str(path).removesuffix(".gz").endswith(form)), "")
-    if not form:
-        raise UserError(f"{where}: the name must end in {', '.join(_FORMATS)} (or one of these and .gz).")
-    # Not `splitlines`: it takes more than line feeds for the end of a line.
-    lines = io.StringIO(read_text(field, path), newline="" if form == ".csv" else "\n")
-    found = json_rows(lines, where) if form == ".jsonl" else table_rows(lines, form, where)
-    records, first = [], None
-    for line, cells in found:
-        if form != ".jsonl":
-            if first is None:
-                first = [cell.strip() for cell in cells] if header else [str(i) for i in range(len(cells))]
-                _check_columns(columns, first, where, need_label)
-                if header:
-                    continue
-            if len(cells) != len(first):
-                if malformed is None:
-                    raise UserError(f"{where}:{line} has {len(cells)} columns, the first line has {len(first)}: "
-                                    "correct the row, or remove it.")
-                malformed.append(line)
-                continue
-            cells = dict(zip(first, cells, strict=True))
-        else:
-            _check_columns(columns, list(cells), f"{where}:{line}", need_label)
-        *texts, label = [cells.get(column) for column in columns.values()]
-        for (name, column), value in zip(columns.items(), texts, strict=False):
-            if not isinstance(value, str):
-                raise UserError(f"{where}:{line}: {name}={column} holds no string but {json.dumps(value)[:40]}: "
-                                "correct the row, or remove it.")
-        label = label if isinstance(label, str) else "" if label is None else json.dumps(label)
-        if need_label and not label.strip():
-            raise UserError(f"{where}:{line} has an empty label: fill it in, or remove the row.")
-        records.append(Record(tuple(map(_clean, texts)), _clean(label.strip()) or None, line))
-    if not records:
-        raise UserError(f"{where} has no rows: give a file with examples.")
-    return records
-
-
-def table_rows(lines: Iterable[str], form: str, where: str) -> Iterator[tuple[int, list[str]]]:
-    """Yields line number and cells of the rows of a .tsv or .csv file that are not blank; UserError for bad quotes."""
-    if form == ".tsv":    # not csv, which takes a carriage return inside a line for its end
-        rows = ((i, line.removesuffix("\n").removesuffix("\r").split("\t")) for i, line in enumerate(lines, 1))
-    else:
-        rows = _csv(lines, where)
-    return ((line, cells) for line, cells in rows if any(cell.strip() for cell in cells))
-
-
-def _csv(lines: Iterable[str], where: str):
-    limit = csv.field_size_limit(2**31 - 1)    # 131,072 characters otherwise
-    reader, line = csv.reader(lines, strict=True), 0
-    try:
-        for cells in reader:
-            yield line + 1, cells
-            line = reader.line_num
-    except csv.Error as error:
-        raise UserError(f"{where}:{line + 1} is not CSV ({error}): correct its quotes.") from error
-    finally:
-        csv.field_size_limit(limit)
-
-
-def json_rows(lines: Iterable[str], where: str, first: int = 1) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yields number (the first line has `first`) and object of the lines that are not blank; UserError for others."""
-    for number_, line in enumerate(lines, first):
-        if line.strip():
-            try:
-                value = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise UserError(f"{where}:{number_} is not JSON ({error}): correct the line, or remove it.") from error
-            if not isinstance(value, dict):
-                raise UserError(f"{where}:{number_} is not a JSON object: write {{\"column\": value, ...}}.")
-            yield number_, value
-
-
-def _check_columns(columns: Mapping[str, str], found: Sequence[str], where: str, need_label: bool) -> None:
-    for field, column in columns.items():
-        if column not in found and (need_label or not field.endswith("label")):
-            raise UserError(f"{field}={column}: {where} has no such column: name one of {', '.join(found[:20])}.")
-
-
-def _clean(text: str) -> str:
-    """A lone surrogate is legal JSON and no legal text."""
-    return text.encode(errors="replace").decode()

@@ -94,7 +94,9 @@ def get_config() -> ml_collections.ConfigDict:
 
 def epochs(config: ml_collections.ConfigDict, name: str) -> float:
     """Passes over the training set of a task: the config's, or those of the paper (appendix B)."""
-    return config.optimizer.epochs or {"rte": 10.0, "stsb": 10.0}.get(name, 2.0 if config.task.kind == "squad" else 3.0)
+    kind = config.task.kind    # a text task may be called stsb
+    published = 10.0 if kind == "glue" and name in ("rte", "stsb") else 2.0 if kind == "squad" else 3.0
+    return config.optimizer.epochs or published
 
 
 # --- Variants of the files in configs/finetune --------------------------------------------------
@@ -164,8 +166,11 @@ def validate(config: ml_collections.ConfigDict) -> None:
         for name in filter(None, map(str.strip, (config.run.tasks or config.task.name).split(","))):
             if name not in (*GLUE, *["all"] * bool(config.run.tasks)):
                 raise UserError(f"task {name!r} is not one of {', '.join(GLUE)}: mend task.name or run.tasks.")
-    elif not re.fullmatch(r"\w[\w.-]*", config.task.name):
-        raise UserError(f"task.name={config.task.name!r} cannot name a folder: give letters, digits, - and _.")
+            if name == "all" and config.run.tasks.strip(" ,") != "all":
+                raise UserError(f"run.tasks={config.run.tasks}: all stands alone: name the tasks, or give only all.")
+    elif not re.fullmatch(r"\w[\w.-]*", config.task.name) or len(config.task.name.encode()) > 200:    # of 255 bytes
+        raise UserError(f"task.name={config.task.name!r} cannot name a folder: give letters, digits, - and _, 200 "
+                        "bytes at most.")
     elif config.run.tasks:
         raise UserError(f"run.tasks={config.run.tasks!r} is for GLUE, but task.kind={config.task.kind}: set it to ''.")
     if config.model.attention == "cudnn" and (config.model.attention_dropout or config.model.dtype != "bfloat16"):

@@ -1,5 +1,6 @@
 """Many runs as one command: every task with every seed, finished ones kept, and the table of what they scored."""
 
+import contextlib
 import csv
 import io
 import math
@@ -26,57 +27,99 @@ _FREE = ("run.tasks", "run.seeds", "run.log_every_steps", "run.tensorboard", "ru
          "task.name", "init_from")
 
 
-def run_all(config, workdir: Path, pretrained: Pretrained,
-            tasks: dict[str, Callable[[], Task]]) -> list[dict[str, Any]]:
-    """Fine-tunes each task with each seed and returns the results, finished ones read from `workdir`.
+def run_all(config, workdir: Path, pretrained: Pretrained, tasks: dict[str, Callable[[], Task]],
+            checksums: dict[str, dict[str, int]]) -> None:
+    """Fine-tunes each task with each seed; those that `workdir` has the result of are left as they are.
 
-    `tasks` makes a task by its name when its turn comes. Raises UserError when `workdir` holds runs of other settings
-    and when a batch does not divide over the mesh, run_lib.Stopped after a signal.
+    `tasks` makes a task by its name when its turn comes, `checksums` has those of its files (see `tasks.checksums`).
+    Raises UserError when `workdir` holds runs of other settings or data and when a batch does not divide over the mesh,
+    run_lib.Stopped after a signal.
     """
     mesh = sharding.make_mesh(config.mesh)
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     if config.data.batch_size % shards:
         raise UserError(f"data.batch_size={config.data.batch_size} does not divide by mesh.data x mesh.fsdp = "
                         f"{shards}: change data.batch_size to a multiple of {shards}.")
-    _check_same_settings(config, workdir, pretrained)
-    results = []
+    _check_same_settings(config, workdir, pretrained, checksums)
+    with _writing(workdir):
+        for name in tasks:
+            (workdir / name).mkdir(exist_ok=True)
     with runtime.StopSignal("finished runs are kept") as stop, runtime.Watchdog() as watchdog:
         for name, make_task in tasks.items():
             folders = {seed: workdir / name / f"seed-{seed}" for seed in
                        range(config.run.seed, config.run.seed + config.run.seeds)}
-            finished = {seed for seed, folder in folders.items() if (folder / "result.json").exists()}
-            task = None if len(finished) == len(folders) else make_task()
+            done = {seed for seed, folder in folders.items() if (folder / "result.json").exists()}
+            task = None if len(done) == len(folders) else make_task()
             for seed, folder in folders.items():
-                if seed not in finished:
-                    folder.mkdir(parents=True, exist_ok=True)
+                if seed not in done:
+                    with _writing(workdir):
+                        folder.mkdir(exist_ok=True)
                     program = run_lib.make_program(pretrained, task, config, mesh)
                     run = run_lib.Run(config, pretrained, task, program, seed, folder, f"{name} seed {seed}")
                     run.go(stop, watchdog)
-                results.append(read_json(folder / "result.json"))
                 if stop.requested:
                     raise run_lib.Stopped
-            if finished:
-                print(f"{name}: {len(finished)} of {len(folders)} runs were finished already", flush=True)
-    return results
+            if done:
+                print(f"{name}: {len(done)} of {len(folders)} runs were finished already", flush=True)
+                lacking = [folders[seed] for seed in sorted(done) if not (folders[seed] / "checkpoints").exists()]
+                if config.run.save and lacking:
+                    print(f"{name}: {len(lacking)} of them with run.save=False, without a checkpoint: to get one, "
+                          f"remove {lacking[0]}/result.json and give the same command again", flush=True)
 
 
-def _check_same_settings(config, workdir: Path, pretrained: Pretrained) -> None:
+def finished(workdir: Path, first: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """Returns the results of all finished runs in `workdir` by task and seed, the tasks named `first` before others."""
+    order = {name: i for i, name in enumerate(first)}
+    files = sorted(workdir.glob("*/seed-*/result.json"), key=lambda file: (
+        order.get(file.parts[-3], len(order)), file.parts[-3], len(file.parts[-2]), file.parts[-2]))
+    return [_result(file) for file in files]
+
+
+@contextlib.contextmanager
+def _writing(workdir: Path):
+    try:
+        yield
+    except OSError as error:
+        what = f"{error.filename}: {error.strerror}" if error.filename else error
+        raise UserError(f"--workdir={workdir} cannot be written ({what}): remove what is there, make room, or give "
+                        "another --workdir.") from error
+
+
+def _result(file: Path) -> dict[str, Any]:
+    result = read_json(file)
+    for name, kind in (("task", str), ("seed", int), ("metric", str), ("scores", dict), ("seconds", (int, float))):
+        if not isinstance(result.get(name), kind):
+            raise UserError(f"{file} is not the result of a run ({name} is {result.get(name)!r}): remove it, and the "
+                            "same command does that run anew.")
+    return result
+
+
+def _check_same_settings(config, workdir: Path, pretrained: Pretrained, checksums: dict[str, dict[str, int]]) -> None:
     crc = 0
     for leaf in jax.tree.leaves(pretrained.params):
         crc = zlib.crc32(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8), crc)
     settings = {"tokenizer": pretrained.tokenizer.fingerprint, "parameters": crc, **_flat(config.to_dict())}
     settings = {name: value for name, value in settings.items() if name not in _FREE}
     file = workdir / "settings.json"
+    contents = dict(checksums)    # of all tasks in the workdir, asked for now or not
     # Before the first result there is nothing to keep apart, and what was wrong in the command may be mended.
-    if any(workdir.glob("*/seed-*/result.json")):
+    if done := {result["task"] for result in finished(workdir)}:
         stored = read_json(file)
+        before = {task: files for task, files in stored.pop("contents", {}).items() if task in done}
         for name in settings | stored:
             if settings.get(name) != stored.get(name):
                 what = f"{name} is {settings.get(name)!r}, but {stored.get(name)!r}"
                 if other := {"tokenizer": "another vocabulary", "parameters": "other parameters"}.get(name):
                     what = f"init_from={config.init_from} has {other} than used"
                 raise UserError(f"{what} in the runs of {workdir}: give another --workdir.")
-    runtime.write_json_atomic(file, settings)
+        for task in checksums.keys() & before.keys():
+            for name, crc in before[task].items():
+                if checksums[task].get(name) != crc:
+                    raise UserError(f"{task}: the data ({name}) have changed since the runs of {workdir}: give another "
+                                    "--workdir.")
+        contents = before | contents
+    with _writing(workdir):
+        runtime.write_json_atomic(file, settings | {"contents": contents})
 
 
 def _flat(fields: dict, prefix: str = "") -> dict[str, Any]:
@@ -120,8 +163,16 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
-def report(results: Sequence[dict[str, Any]], workdir: Path) -> None:
-    """Prints the table and writes results.json, .csv, .md and .png to `workdir`."""
+def report(config, workdir: Path, names: Sequence[str]) -> None:
+    """Prints the table of all finished runs in `workdir` and writes it there as results.json, .csv, .md and .png.
+
+    `names` are the tasks asked for: other runs stay in the table, which says how many they are.
+    """
+    results = finished(workdir, names)
+    seeds = range(config.run.seed, config.run.seed + config.run.seeds)
+    if others := sum(r["task"] not in names or r["seed"] not in seeds for r in results):
+        print(f"{others} of the {len(results)} runs in the table were not asked for now, but finished in {workdir} "
+              "earlier", flush=True)
     rows = summarize(results)
     table = rich.table.Table(*_COLUMNS)
     for row in rows:
@@ -129,14 +180,15 @@ def report(results: Sequence[dict[str, Any]], workdir: Path) -> None:
     rich.console.Console().print(table)
     # JSON has no NaN, which is the deviation of one run.
     plain = [{name: None if value != value else value for name, value in row.items()} for row in rows]
-    runtime.write_json_atomic(workdir / "results.json", {"summary": plain, "runs": list(results)})
     text = io.StringIO()
     writer = csv.DictWriter(text, _COLUMNS, lineterminator="\n")
     writer.writeheader()
     writer.writerows(plain)
-    (workdir / "results.csv").write_text(text.getvalue())
-    (workdir / "results.md").write_text(markdown(rows))
-    plot(results, workdir / "results.png")
+    with _writing(workdir):
+        runtime.write_json_atomic(workdir / "results.json", {"summary": plain, "runs": results})
+        (workdir / "results.csv").write_text(text.getvalue())
+        (workdir / "results.md").write_text(markdown(rows))
+        plot(results, workdir / "results.png")
     print(f"results      {workdir}/results.{{json,csv,md,png}}, predictions in {workdir}/TASK/seed-N/predictions")
 
 

@@ -22,6 +22,10 @@ from electra_jax.tuning.config import epochs
 from electra_jax.tuning.heads import Head
 
 
+class Diverged(UserError):
+    """A loss that is no number any more."""
+
+
 class Stopped(Exception):
     """A signal asked for the end; the run is not finished."""
 
@@ -57,7 +61,8 @@ def predict(program: step.Program, params, features: Sequence[Feature], data, pa
     """Returns the outputs of tasks.Task.head for each feature, in order, padding cut off."""
     lengths = np.array([len(f.input_ids) for f in features])
     shards = program.mesh.shape["data"] * program.mesh.shape["fsdp"]
-    size = max(shards, data.eval_batch_size // shards * shards)
+    # Beyond 1,024 no more rows than there are; below, all splits share a shape.
+    size = max(shards, min(data.eval_batch_size, max(1024, len(features))) // shards * shards)
     out: list[dict] = [{}] * len(features)
     in_flight: list[tuple] = []
 
@@ -172,8 +177,9 @@ class Run:
     def _log(self, now: int, losses: list, throughput, rate: float, writer, progress) -> float:
         values = {name: float(np.mean([s[name] for s in jax.device_get(losses)])) for name in losses[0]}
         if not np.isfinite(values["loss"]):
-            raise UserError(f"the loss is {values['loss']} at step {now} of {self.title}: lower "
-                            f"optimizer.learning_rate={self.config.optimizer.learning_rate}.")
+            raise Diverged(f"the loss is {values['loss']} at step {now} of {self.title}: lower optimizer.learning_rate="
+                           f"{self.config.optimizer.learning_rate}, with another --workdir if this one holds finished "
+                           "runs.")
         rates = throughput.read()
         values |= {"learning_rate": rate} | rates
         writer.write(now, values)

@@ -5,6 +5,7 @@ import gzip
 import itertools
 import json
 import os
+import re
 import sys
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,8 +19,8 @@ from electra_jax.config import UserError
 from electra_jax.data.tokenizer import Tokenizer, tokenizer_from_files
 from electra_jax.interop import huggingface, names, workdir
 from electra_jax.pretrained import Pretrained
-from electra_jax.tasks.base import Feature, Task
-from electra_jax.tasks.text import json_rows, table_rows
+from electra_jax.tasks.base import Feature, Task, likely_encoding
+from electra_jax.tasks.tables import json_rows, suffix, table_rows
 from electra_jax.tuning import run, step
 
 
@@ -82,28 +83,50 @@ def predict_file(path: str, source: str, output: str, batch_size: int) -> None:
     """
     if batch_size < 1:
         raise UserError(f"--batch_size={batch_size} is too small: give at least 1.")
-    if source != "-" and not Path(source).is_file():
-        raise UserError(f"--input={source} does not exist: give a .tsv, .csv, .jsonl or text file, or -.")
+    if source == "-" and sys.stdin is None:
+        raise UserError("--input=-: standard input is closed: give a file, or pipe the texts in.")
+    if source != "-" and (not Path(source).exists() or Path(source).is_dir()):    # a pipe, <(command), is no file
+        problem = "is a folder" if Path(source).is_dir() else "does not exist"
+        raise UserError(f"--input={source} {problem}: give a .tsv, .csv, .jsonl or text file, or -.")
     if source != "-" and os.path.realpath(source) == os.path.realpath(output):
         raise UserError(f"--output={output} is the input: give another name.")
     predictor = Predictor(path)
     if source == "-" and sys.stdin.isatty():
         batch_size = 1    # somebody types, and waits for the answer
-    with contextlib.ExitStack() as files:
-        try:
-            # backslashreplace: a lone surrogate is legal JSON, but only when it is escaped.
-            out = sys.stdout if output == "-" else files.enter_context(
-                open(output, "w", encoding="utf-8", errors="backslashreplace"))
-        except OSError as error:
-            raise UserError(f"--output={output} cannot be written ({error.strerror}): correct the path.") from error
+    with _writing(output), contextlib.ExitStack() as files:
+        # backslashreplace: a lone surrogate is legal JSON, but only when it is escaped.
+        out = sys.stdout if output == "-" else files.enter_context(
+            open(output, "w", encoding="utf-8", errors="backslashreplace"))
         records = _records(_lines(source, files), source, predictor)
         while chunk := list(itertools.islice(records, batch_size)):
             places, rows = zip(*chunk, strict=True)
             for record, answer in zip(rows, predictor.answer(rows, batch_size, places), strict=True):
-                record = {f"input_{name}" if name in answer and name != "words" else name: value
-                          for name, value in record.items()}
-                out.write(json.dumps(record | answer, ensure_ascii=False) + "\n")
+                out.write(json.dumps(_merged(record, answer), ensure_ascii=False) + "\n")
             out.flush()
+
+
+@contextlib.contextmanager
+def _writing(output: str):
+    try:
+        yield
+    except BrokenPipeError:    # `| head` has read enough
+        raise
+    except OSError as error:    # `_lines` has turned those of the input into UserErrors
+        if output == "-":
+            raise
+        raise UserError(f"--output={output} cannot be written ({error.strerror}): correct the path, or make room."
+                        ) from error
+
+
+def _merged(record: dict[str, Any], answer: dict[str, Any]) -> dict[str, Any]:
+    """The record with the answer; its own fields of the answer's names become "input_NAME", however many there are."""
+    merged = {name: value for name, value in record.items() if name not in answer}
+    for name, value in record.items():
+        if name in answer and name != "words":
+            while name in answer or name in merged:
+                name = f"input_{name}"
+            merged[name] = value
+    return merged | answer
 
 
 def _lines(source: str, files: contextlib.ExitStack) -> Iterator[str]:
@@ -113,14 +136,14 @@ def _lines(source: str, files: contextlib.ExitStack) -> Iterator[str]:
         if source == "-":
             lines = sys.stdin.buffer
         else:
-            opened = gzip.open if source.endswith(".gz") else open
+            opened = gzip.open if source.lower().endswith(".gz") else open
             lines = files.enter_context(opened(source, "rb"))
         for number, line in enumerate(lines, 1):
             # Spreadsheets begin their files with a byte order mark.
             yield line.decode("utf-8-sig" if number == 1 else "utf-8")
     except UnicodeDecodeError as error:
-        raise UserError(f"--input={source}:{number} is not UTF-8 text: convert it, e.g. iconv -f LATIN1 -t UTF-8."
-                        ) from error
+        raise UserError(f"--input={source}:{number} is not UTF-8 text: convert it, e.g. iconv -f "
+                        f"{likely_encoding(line) if number == 1 else 'LATIN1'} -t UTF-8.") from error
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"--input={source} cannot be read ({error}): check the file.") from error
 
@@ -129,9 +152,9 @@ def _records(lines: Iterable[str], source: str, predictor: Predictor) -> Iterato
     """Yields place ("--input=FILE:LINE") and record, read by the file's ending.
 
     A table has a header, unless the task was trained on columns by number. Lines of other files, and of standard input,
-    are texts or JSON objects.
+    are texts or JSON objects; blank ones are passed over.
     """
-    columns, where, form = predictor.task.columns(), f"--input={source}", Path(source.removesuffix(".gz")).suffix
+    columns, where, form = predictor.task.columns(), f"--input={source}", suffix(source)
     if form in (".tsv", ".csv"):
         trained = predictor.finetune.task
         by_number = trained.kind == "text" and all(column.isdecimal() for column in (*columns, trained.label))
@@ -142,6 +165,9 @@ def _records(lines: Iterable[str], source: str, predictor: Predictor) -> Iterato
                 if missing := [column for column in columns if column not in first]:
                     raise UserError(f"{where}: column {missing[0]!r} is missing: this task reads {', '.join(columns)}, "
                                     f"and the file has {', '.join(first[:20])}.")
+                if twice := [column for column in columns if first.count(column) > 1]:
+                    raise UserError(f"{where} has {first.count(twice[0])} columns of the name {twice[0]!r}: rename all "
+                                    "but one.")
                 if not by_number:
                     continue
             if len(cells) != len(first):
@@ -154,7 +180,8 @@ def _records(lines: Iterable[str], source: str, predictor: Predictor) -> Iterato
     else:
         for number, line in enumerate(lines, 1):
             place = f"{where}:{number}"
-            if line.startswith("{"):
+            # A text may begin with {name}; a task of several columns has no such lines.
+            if re.match(r'\{\s*("|\}|$)', line) or (line.startswith("{") and len(columns) > 1):
                 yield from ((place, record) for _, record in json_rows([line], where, number))
             elif line.strip() and len(columns) > 1:
                 raise UserError(f"{place}: this task reads {', '.join(columns)}: give JSON objects with these fields, "
