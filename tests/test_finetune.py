@@ -702,7 +702,7 @@ def test_input_that_cannot_be_answered_is_one_line_with_its_place(checkpoint_fol
 @pytest.mark.parametrize(("args", "hint"), [
     (["--checkpoint={world}/net", "--input={texts}"], "was pretrained, not fine-tuned"),
     (["--checkpoint={world}/nothing", "--input={texts}"], "nothing"),
-    (["--checkpoint={world}/exported/discriminator", "--input={texts}"], "exported/discriminator"),
+    (["--checkpoint={world}/exported/discriminator", "--input={texts}"], "discriminator is a Hugging Face folder"),
     (["--checkpoint={run}", "--input=nothing.txt"], "--input=nothing.txt does not exist"),
     (["--checkpoint={run}", "--input={world}"], "is a folder"),
     (["--checkpoint={run}", "--input={texts}", "--output={texts}"], "is the input"),

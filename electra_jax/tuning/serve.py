@@ -29,6 +29,9 @@ class Predictor:
 
     def __init__(self, path: str | os.PathLike):
         """`path` is the folder of a fine-tuning run. Raises UserError when there is none."""
+        if huggingface.is_folder(path):
+            raise UserError(f"--checkpoint={path} is a Hugging Face folder, for transformers to serve: give the "
+                            "folder of the fine-tuning run, such as runs/glue-sst2/sst2/seed-0.")
         params, meta, files = checkpoint.load_params(path, None)
         if "task" not in meta:
             raise UserError(f"--checkpoint={path} was pretrained, not fine-tuned: give the folder of a fine-tuning "
