@@ -1,17 +1,20 @@
 #!/bin/bash
-# Reproduces docs/results.md: pretrains configs/tiny.py and its MLM baseline, fine-tunes both and random parameters.
+# Reproduces docs/results.md: pretrains configs/tiny.py, its MLM baseline and tiny.py for twice the tokens, fine-tunes
+# all three and random parameters.
 #
 #   benchmarks/results.sh 'text:corpus/*.txt.xz' TASKS OUT [SEEDS]
 #
 # TASKS holds CoLA, MRPC, STS-B, SST-2 and SQuAD; everything goes to OUT. Killed, it goes on where it was.
 set -euo pipefail
-[ $# -ge 3 ] || { sed -n '2,7s/^# \?//p' "$0"; exit 2; }
+[ $# -ge 3 ] || { sed -n '2,8s/^# \?//p' "$0"; exit 2; }
 source=$1 tasks=$2 out=$3 seeds=${4:-3}
 
 python -m electra_jax.train --config=configs/tiny.py --config.data.source="$source" \
     --config.data.path="$out/tokens" --workdir="$out/electra"
 python -m electra_jax.train --config=configs/tiny.py:mlm --config.data.source="$source" \
     --config.data.path="$out/tokens" --workdir="$out/mlm"
+python -m electra_jax.train --config=configs/tiny.py --config.data.source="$source" --config.optimizer.steps=16000 \
+    --config.data.path="$out/tokens" --workdir="$out/twice"
 
 tune() {    # NAME INIT_FROM [flags]: all tasks at both rates
     local name=$1 from=$2 rate
@@ -29,4 +32,5 @@ tune() {    # NAME INIT_FROM [flags]: all tasks at both rates
 tune random "$out/electra" --config.init_random=True
 tune mlm "$out/mlm"
 tune electra "$out/electra"
+tune twice "$out/twice"
 tail -n +1 "$out"/*-{glue,sst2,squad}/results.md

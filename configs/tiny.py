@@ -4,6 +4,7 @@
 
 Choices as in quickstart.py: pre-norm and rotary positions learn sooner, so Hugging Face's ELECTRA, which knows neither,
 cannot load it; and the generator has one layer, for with two it is ahead of the discriminator for the whole run.
+With `--config.optimizer.steps=16000` it learns to compare sentences as well: STS-B 76 instead of 26.
 Variant: `tiny.py:mlm`, the MLM baseline with 2 % more model FLOPs, for comparisons at equal compute. What both score:
 docs/results.md.
 """

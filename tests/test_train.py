@@ -145,7 +145,7 @@ def test_two_hosts_train_as_one_device_does_and_a_signal_to_one_stops_both(confi
     for line in hosts[0].stdout:
         if (match := re.match(r"step +(\d+)/", line)) and int(match.group(1)) >= STEPS:
             break
-    hosts[1].send_signal(signal.SIGTERM)
+    hosts[1].send_signal(signal.SIGINT)    # SIGTERM: the next test
     output, other = (finish(host) for host in hosts)
     ours, theirs = ({line["step"]: line["loss"] for line in logged(w) if "loss" in line and line["step"] <= STEPS}
                     for w in (tmp_path, straight))
@@ -155,25 +155,19 @@ def test_two_hosts_train_as_one_device_does_and_a_signal_to_one_stops_both(confi
     assert crcs(tmp_path, step)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_stop_signal_saves_exits_with_0_and_loses_nothing(config, straight, tmp_path, number):
+def test_a_stop_signal_saves_exits_with_0_and_loses_nothing(config, straight, tmp_path):
     process = start(config, tmp_path, "--config.run.checkpoint_every_steps=0", "--config.optimizer.steps=5000",
                     "--config.run.eval_every_steps=0")
     for line in process.stdout:
         if line.startswith("step "):
             break
-    process.send_signal(number)
+    process.send_signal(signal.SIGTERM)
     output = finish(process)
     step = checkpoint_steps(tmp_path)[-1]
     assert f"saved step {step}" in output and step < 5000
-    # The schedule depends on the number of steps, so the reference is the same run taken further in one go.
-    flags = ("--config.optimizer.steps=5000", "--config.run.eval_every_steps=0",
-             "--config.run.checkpoint_every_steps=1", "--config.run.keep_checkpoints=10000")
+    # Past its warm-up the rate is constant, so a run of so many steps takes the same ones.
     reference = tmp_path / "reference"
-    other = start(config, reference, *flags, f"--config.data.path={tmp_path / 'tokens'}")
-    wait_for_step(reference, step, other)
-    other.send_signal(signal.SIGTERM)
-    finish(other)
+    finish(start(config, reference, f"--config.optimizer.steps={step}", f"--config.data.path={tmp_path / 'tokens'}"))
     assert crcs(tmp_path, step) == crcs(reference, step)
 
 
