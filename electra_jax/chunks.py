@@ -23,7 +23,7 @@ def sum_over_chunks(function: Callable, chunks: int, params: Tree, x: jax.Array,
         total, (sums, out) = function(params, *chunk)
         return jax.tree.map(jnp.add, carry, (total, sums)), out
 
-    chunked = _split(min(chunks, x.shape[1]), (x, rest))
+    chunked = _split(chunks, (x, rest))
     (total, sums), outs = jax.lax.scan(body, _zeros(lambda: _sums(function, params, chunked)), chunked)
     return total, (sums, _join(outs, x.shape[1]))
 
@@ -35,7 +35,7 @@ def _forward(function, chunks, params, x, rest):
         (total, (sums, out)), (grad_params, grad_x) = both(params, *chunk)
         return jax.tree.map(jnp.add, carry, (total, sums, grad_params)), (out, grad_x)
 
-    chunked = _split(min(chunks, x.shape[1]), (x, rest))
+    chunked = _split(chunks, (x, rest))
     zeros = (*_zeros(lambda: _sums(function, params, chunked)), jax.tree.map(jnp.zeros_like, params))
     (total, sums, grad_params), (outs, grads_x) = jax.lax.scan(body, zeros, chunked)
     return (total, (sums, _join(outs, x.shape[1]))), (grad_params, _join(grads_x, x.shape[1]))
@@ -62,9 +62,10 @@ def _zeros(function):
 def _split(chunks: int, tree: Tree) -> Tree:
     """[B, M, ...] -> [chunks, B, M / chunks, ...]; axis 0 stays whole, for it is what a mesh cuts."""
     def split(t):
-        size = -(-t.shape[1] // chunks)
-        t = jnp.pad(t, ((0, 0), (0, size * chunks - t.shape[1]), *[(0, 0)] * (t.ndim - 2)))
-        return jnp.moveaxis(t.reshape(t.shape[0], chunks, size, *t.shape[2:]), 1, 0)
+        count = min(chunks, t.shape[1])
+        size = -(-t.shape[1] // count)
+        t = jnp.pad(t, ((0, 0), (0, size * count - t.shape[1]), *[(0, 0)] * (t.ndim - 2)))
+        return jnp.moveaxis(t.reshape(t.shape[0], count, size, *t.shape[2:]), 1, 0)
 
     return jax.tree.map(split, tree)
 

@@ -277,7 +277,7 @@ def initialize_distributed(initialization_timeout_s: float = 300.0) -> bool:
     wanted = {}
     if "JAX_COORDINATOR_ADDRESS" in os.environ:   # which JAX reads itself, but not the other two
         names = {"num_processes": "JAX_NUM_PROCESSES", "process_id": "JAX_PROCESS_ID"}
-        wanted = {key: _number(name) for key, name in names.items() if name in os.environ}
+        wanted = {key: _number(name) for key, name in names.items() if os.environ.get(name)}
     try:
         jax.distributed.initialize(**wanted, initialization_timeout=math.ceil(initialization_timeout_s))
     except Exception as error:
@@ -289,11 +289,14 @@ def initialize_distributed(initialization_timeout_s: float = 300.0) -> bool:
 
 def any_host(flag: bool) -> bool:
     """Says whether the flag is set on any host; all must ask at the same point, and each waits for its devices."""
-    if jax.process_count() == 1:
-        return flag
-    from jax.experimental import multihost_utils
+    return flag if jax.process_count() == 1 else bool(_of_all_hosts(flag).any())
 
-    return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
+
+def _of_all_hosts(values) -> np.ndarray:
+    """Each host's values, [hosts, ...]."""
+    from jax.experimental import multihost_utils  # slow to import, for several hosts only
+
+    return np.asarray(multihost_utils.process_allgather(np.asarray(values)))
 
 
 class Agreement:
@@ -313,14 +316,12 @@ class Agreement:
             return list(flags)
         if step < self._next_step:
             return [False] * len(flags)
-        from jax.experimental import multihost_utils
-
         now_s, ahead = self._clock(), 1
         if self._last is not None:
             last_step, last_s = self._last
             step_s = max(1e-6, now_s - last_s) / (step - last_step)
             ahead = min(10_000, max(1, int(self._every_s / step_s)))
         self._last = step, now_s
-        said = np.asarray(multihost_utils.process_allgather(np.array([*flags, ahead], np.int32)))
+        said = _of_all_hosts([*flags, ahead])
         self._next_step = step + int(said[0, -1])    # the first host's, for their clocks differ
         return [bool(flag) for flag in said[:, :-1].any(0)]
