@@ -1,6 +1,6 @@
 """Self-attention among the tokens of one piece, and its implementations. Letters as in model.py.
 
-An implementation takes query, key and value [B, L, H, K], the query scaled, and `piece_ids` [B, L]: a token sees
+An implementation takes query, key and value [B, L, H, K] and `piece_ids` [B, L]: a token sees
 those with its own number, padding (number 0) sees padding.
 """
 
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from electra_jax.config import UserError
-from electra_jax.layers import Architecture, Array, Dropout, add_bias, dense, matmul, normal
+from electra_jax.layers import Architecture, Array, Dropout, add_bias, dense, made_once, matmul, normal
 from electra_jax.sharding import BATCH_AXES, context_mesh
 
 # What runs where; "xla" runs everywhere.
@@ -50,10 +50,57 @@ def same_piece(piece_ids_BL: Array) -> Array:
     return piece_ids_BL[:, :, None] == piece_ids_BL[:, None, :]
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def plain(q_BLHK: Array, k_BLHK: Array, v_BLHK: Array, piece_ids_BL: Array, keep_BHLL: Array | None,
+          scale: float) -> Array:
+    """Softmax attention in products of XLA; `keep_BHLL` and `scale` are what `layers.Dropout.draw` returns.
+
+    Scores and softmax are float32. The derivative is in closed form, as flash attention's (Dao et al. 2022, B.2, which
+    takes the row sums of P dP from output and gradient): no product multiplies float32 where the inputs are bfloat16,
+    and of [B, H, L, L] one array is kept, the probabilities in the inputs' dtype, negative where they are dropped.
+    """
+    return _plain(q_BLHK, k_BLHK, v_BLHK, piece_ids_BL, keep_BHLL, scale)[0]
+
+
+def _plain(q_BLHK, k_BLHK, v_BLHK, piece_ids_BL, keep_BHLL, scale):
+    # Heads in front once, here and in the backward pass, not in each product.
+    q_BHLK, k_BHLK, v_BHLK = (x.swapaxes(1, 2) for x in (q_BLHK, k_BLHK, v_BLHK))
+    scores_BHLL = jnp.einsum("bhlk,bhmk->bhlm", q_BHLK, k_BHLK, preferred_element_type=jnp.float32)
+    scores_BHLL = jnp.where(same_piece(piece_ids_BL)[:, None], scores_BHLL * q_BHLK.shape[-1]**-0.5, -1e9)
+    probs_BHLL = jax.nn.softmax(scores_BHLL, -1).astype(q_BLHK.dtype)
+    if keep_BHLL is not None:
+        # The barrier makes the compiler keep this array; left alone it keeps the scores and makes it again.
+        probs_BHLL = jax.lax.optimization_barrier(jnp.where(keep_BHLL, probs_BHLL, -probs_BHLL))
+    out_BHLK = _scaled("bhlm,bhmk->bhlk", jnp.maximum(probs_BHLL, 0), v_BHLK, scale)
+    return out_BHLK.swapaxes(1, 2), (q_BHLK, k_BHLK, v_BHLK, probs_BHLL, out_BHLK)
+
+
+def _scaled(subscripts: str, x: Array, y: Array, scale: float) -> Array:
+    """einsum times `scale`, rounded to the inputs' dtype once."""
+    return (jnp.einsum(subscripts, x, y, preferred_element_type=jnp.float32) * scale).astype(x.dtype)
+
+
+def _plain_backward(scale, kept, g_BLHK):
+    q_BHLK, k_BHLK, v_BHLK, probs_BHLL, out_BHLK = kept
+    g_BHLK = g_BLHK.swapaxes(1, 2)
+    row_sums_BHL = jnp.einsum("bhlk,bhlk->bhl", g_BHLK, out_BHLK, preferred_element_type=jnp.float32)
+    g_probs_BHLL = jnp.einsum("bhlk,bhmk->bhlm", g_BHLK, v_BHLK, preferred_element_type=jnp.float32)
+    g_probs_BHLL = jnp.where(probs_BHLL > 0, g_probs_BHLL * scale, 0.0)
+    g_scores_BHLL = (jnp.abs(probs_BHLL) * (g_probs_BHLL - row_sums_BHL[..., None])).astype(probs_BHLL.dtype)
+    root = q_BHLK.shape[-1]**-0.5
+    g_q = _scaled("bhlm,bhmk->bhlk", g_scores_BHLL, k_BHLK, root)
+    g_k = _scaled("bhlm,bhlk->bhmk", g_scores_BHLL, q_BHLK, root)
+    g_v = _scaled("bhlm,bhlk->bhmk", jnp.maximum(probs_BHLL, 0), g_BHLK, scale)
+    return *(g.swapaxes(1, 2) for g in (g_q, g_k, g_v)), None, None
+
+
+plain.defvjp(_plain, _plain_backward)
+
+
 def cudnn(q_BLHK: Array, k_BLHK: Array, v_BLHK: Array, piece_ids_BL: Array, packed: bool) -> Array:
     """NVIDIA's flash attention. Rows of one piece go by their lengths, for packed ones a mask becomes a bias in memory,
     whose gradient the kernel computes as well."""
-    attend = functools.partial(jax.nn.dot_product_attention, scale=1.0, implementation="cudnn")
+    attend = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
     if packed:
         return attend(q_BLHK, k_BLHK, v_BLHK, mask=same_piece(piece_ids_BL)[:, None])
     lengths_B = row_lengths(piece_ids_BL)
@@ -80,6 +127,7 @@ def splash(q_BLHK: Array, k_BLHK: Array, v_BLHK: Array, piece_ids_BL: Array) -> 
         return jax.vmap(lambda q, k, v, ids: kernel(q, k, v, kernels.SegmentIds(ids, ids)))(
             q_BHLK, k_BHLK, v_BHLK, piece_ids_BL)
 
+    q_BLHK = q_BLHK * q_BLHK.shape[-1]**-0.5    # the kernel scales nothing
     # The compiler cannot split a kernel over the mesh, so that is said here: rows and, where they divide, heads.
     mesh = context_mesh()
     if mesh is not None:
@@ -107,20 +155,16 @@ class Attention(nn.Module):
         if mesh is None or mesh.shape["tensor"] == 1:
             # A matrix to the compiler: of the axis between, XLA's CPU backend makes copies, 6 % of a step.
             kernel, bias = kernel.reshape(D, 3 * D), bias.reshape(3 * D)
-        qkv = add_bias(matmul(x_BLD.astype(a.dtype), kernel.astype(a.dtype)), bias)
+        qkv = made_once(add_bias(matmul(x_BLD.astype(a.dtype), kernel.astype(a.dtype)), bias))
         q_BLHK, k_BLHK, v_BLHK = (t.reshape(B, L, a.num_heads, a.head_size) for t in jnp.split(qkv, 3, axis=2))
         if a.positions == "rotary":
             q_BLHK = rotate(q_BLHK, position_ids_BL, a.rotary_theta)
             k_BLHK = rotate(k_BLHK, position_ids_BL, a.rotary_theta)
-        q_BLHK = q_BLHK * a.head_size**-0.5
         if a.attention == "cudnn":
             out = cudnn(q_BLHK, k_BLHK, v_BLHK, piece_ids_BL, a.packed)
         elif a.attention == "splash":
             out = splash(q_BLHK, k_BLHK, v_BLHK, piece_ids_BL)
         else:
-            scores_BHLL = jnp.einsum("blhk,bmhk->bhlm", q_BLHK, k_BLHK, preferred_element_type=jnp.float32)
-            scores_BHLL = jnp.where(same_piece(piece_ids_BL)[:, None], scores_BHLL, -1e9)
-            probs_BHLL = jax.nn.softmax(scores_BHLL, -1).astype(a.dtype)
-            probs_BHLL = Dropout(a.attention_dropout)(probs_BHLL, deterministic)
-            out = jnp.einsum("bhlm,bmhk->blhk", probs_BHLL, v_BLHK)
+            keep_BHLL, scale = Dropout(a.attention_dropout).draw((B, a.num_heads, L, L), deterministic)
+            out = plain(q_BLHK, k_BLHK, v_BLHK, piece_ids_BL, keep_BHLL, scale)
         return dense(a, D, "out")(out.reshape(B, L, D))

@@ -65,6 +65,25 @@ def matmul(x: Array, kernel: Array) -> Array:
     return jnp.tensordot(x.reshape(-1, x.shape[-1]), kernel, 1).reshape(*x.shape[:-1], *kernel.shape[1:])
 
 
+@jax.custom_vjp
+def float32_product(x: Array, table: Array) -> Array:
+    """x [N, E] times a table [V, E] of the same dtype, summed up and returned in float32: [N, V].
+
+    The gradient goes back in the inputs' dtype: as differentiated by JAX, the products with it would be float32 ones,
+    of the largest array of a step.
+    """
+    return jax.lax.dot_general(x, table, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def _float32_product_backward(kept, g):
+    x, table = kept
+    g = g.astype(x.dtype)
+    return g @ table, g.T @ x
+
+
+float32_product.defvjp(lambda x, table: (float32_product(x, table), (x, table)), _float32_product_backward)
+
+
 def add_bias(x: Array, bias: Array) -> Array:
     """Adds a float32 bias in float32 and returns the dtype of `x`.
 
@@ -89,6 +108,15 @@ def _gelu_backward(x: Array, g: Array) -> tuple[Array]:
 
 
 gelu.defvjp(lambda x: (gelu(x), x), _gelu_backward)
+
+
+@jax.custom_vjp
+def made_once(x: Array) -> Array:
+    """Returns `x`, whose gradient the compiler then makes once, not in each of the kernels that read it."""
+    return x
+
+
+made_once.defvjp(lambda x: (x, None), lambda _, g: (jax.lax.optimization_barrier(g),))
 
 
 def dense(arch: Architecture, features: int, name: str | None = None, kernel_init=None) -> Dense:
@@ -160,10 +188,19 @@ class Dropout(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, deterministic: bool) -> Array:
+        return drop(x, *self.draw(x.shape, deterministic))
+
+    def draw(self, shape: tuple[int, ...], deterministic: bool) -> tuple[Array | None, float]:
+        """Returns which elements stay (bool, None: all of them), and the factor that scales those."""
         threshold = round(self.rate * 256)
         if deterministic or not threshold:
-            return x
-        *lead, last = x.shape
+            return None, 1.0
+        *lead, last = shape
         words = jax.random.bits(self.make_rng("dropout"), (*lead, -(-last // 4)), jnp.uint32)
         octets = jax.lax.bitcast_convert_type(words, jnp.uint8).reshape(*lead, -1)[..., :last]
-        return jnp.where(octets >= threshold, x * (256 / (256 - threshold)), jnp.zeros_like(x))
+        return octets >= threshold, 256 / (256 - threshold)
+
+
+def drop(x: Array, keep: Array | None, scale: float) -> Array:
+    """Applies what `Dropout.draw` returned."""
+    return x if keep is None else jnp.where(keep, x * scale, jnp.zeros_like(x))

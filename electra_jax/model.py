@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from electra_jax.attention import Attention
 from electra_jax.config import UserError
-from electra_jax.layers import Architecture, Array, Dense, Dropout, dense, gelu, layer_norm, normal
+from electra_jax.layers import Architecture, Array, Dense, Dropout, dense, float32_product, gelu, layer_norm, normal
 from electra_jax.sharding import by_rows
 
 Params = dict[str, Any]
@@ -172,8 +172,7 @@ class MlmHead(nn.Module):
         x_BME = layer_norm(a, "norm")(x_BME)
         bias = self.param("bias", nn.initializers.zeros, (table_VE.shape[0],), jnp.float32)
         B, M, E = x_BME.shape
-        logits = jax.lax.dot_general(x_BME.reshape(B * M, E), table_VE.astype(a.dtype), (((1,), (1,)), ((), ())),
-                                     preferred_element_type=jnp.float32)
+        logits = float32_product(x_BME.reshape(B * M, E), table_VE.astype(a.dtype))
         return (logits + bias).reshape(B, M, -1)
 
 

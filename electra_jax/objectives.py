@@ -108,13 +108,17 @@ def sample_replacements(logits_BMV: Array, targets_BM: Array, noise: Array, *, s
     if sampler == "gumbel":
         gumbel_BMV = -jnp.log(-jnp.log(noise + 1e-9) + 1e-9)
         return jnp.argmax(logits_BMV + gumbel_BMV, -1).astype(jnp.int32)
-    weights = jnp.exp(logits_BMV - jnp.max(logits_BMV, -1, keepdims=True))
-    chunks = -(-vocab_size // SAMPLER_CHUNK)
-    weights = jnp.pad(weights, ((0, 0), (0, 0), (0, chunks * SAMPLER_CHUNK - vocab_size)))
-    weights = weights.reshape(*weights.shape[:2], chunks, SAMPLER_CHUNK)
+    weights = _chunks(jnp.exp(logits_BMV - jnp.max(logits_BMV, -1, keepdims=True)))
     chunk_BM = _inverse_cdf(jnp.sum(weights, -1), noise[..., 0])
     inner = jnp.take_along_axis(weights, chunk_BM[..., None, None], axis=2)[:, :, 0]
     return chunk_BM * SAMPLER_CHUNK + _inverse_cdf(inner, noise[..., 1])
+
+
+def _chunks(x_BMV: Array) -> Array:
+    """Splits the vocabulary's axis into parts of SAMPLER_CHUNK entries, the last one filled with zeros."""
+    parts = -(-x_BMV.shape[-1] // SAMPLER_CHUNK)
+    x_BMV = jnp.pad(x_BMV, ((0, 0), (0, 0), (0, parts * SAMPLER_CHUNK - x_BMV.shape[-1])))
+    return x_BMV.reshape(*x_BMV.shape[:-1], parts, SAMPLER_CHUNK)
 
 
 def _inverse_cdf(weights: Array, uniform: Array) -> Array:
@@ -136,13 +140,37 @@ def replace(input_ids_BL: Array, selection: Selection, sampled_BM: Array, *, dis
 
 def mlm_loss(logits_BMV: Array, targets_BM: Array, weights_BM: Array) -> tuple[Array, Array, Array]:
     """Cross-entropy of the selected slots in nats as (sum, weight), and bool [B, M]: the target scores highest."""
-    logits_BMV = logits_BMV.astype(jnp.float32)
-    # A masked sum rather than a gather: its gradient is a comparison, not a scatter into [B, M, V].
-    at_target = jnp.arange(logits_BMV.shape[-1]) == targets_BM[..., None]
-    target_logit_BM = jnp.sum(jnp.where(at_target, logits_BMV, 0.0), -1)
-    cross_entropy_BM = jax.nn.logsumexp(logits_BMV, -1) - target_logit_BM
-    correct_BM = target_logit_BM >= jnp.max(logits_BMV, -1)
+    cross_entropy_BM, correct_BM = _cross_entropy(logits_BMV.astype(jnp.float32), targets_BM)
     return jnp.sum(cross_entropy_BM * weights_BM), jnp.sum(weights_BM), correct_BM
+
+
+@jax.custom_vjp
+def _cross_entropy(logits_BMV: Array, targets_BM: Array) -> tuple[Array, Array]:
+    """-log softmax(logits)[target] in nats and whether the target scores highest, [B, M] each.
+
+    The logits are the largest array of a step: they are read once for the maximum, once for the sum, and once for the
+    gradient softmax(logits) - one_hot(target), which a comparison makes, not a scatter.
+    """
+    return _cross_entropy_forward(logits_BMV, targets_BM)[0]
+
+
+def _cross_entropy_forward(logits_BMV, targets_BM):
+    top_BM = jnp.max(logits_BMV, -1)
+    # By the sampler's chunks: the same sums, which the compiler makes once.
+    total_BM = jnp.sum(jnp.sum(_chunks(jnp.exp(logits_BMV - top_BM[..., None])), -1), -1)
+    target_logit_BM = jnp.take_along_axis(logits_BMV, targets_BM[..., None], -1)[..., 0]
+    log_total_BM = jnp.log(total_BM) + top_BM
+    return (log_total_BM - target_logit_BM, target_logit_BM >= top_BM), (logits_BMV, targets_BM, log_total_BM)
+
+
+def _cross_entropy_backward(kept, cotangents):
+    logits_BMV, targets_BM, log_total_BM = kept
+    at_target = jnp.arange(logits_BMV.shape[-1]) == targets_BM[..., None]
+    gradient = jnp.exp(logits_BMV - log_total_BM[..., None]) - at_target
+    return gradient * cotangents[0][..., None], None
+
+
+_cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
 
 
 def rtd_loss(logits_BL: Array, labels_BL: Array, weights_BL: Array) -> tuple[Array, Array]:

@@ -8,7 +8,7 @@ import pytest
 import tiny
 
 from electra_jax import attention, config, model, sharding, step
-from electra_jax.layers import Architecture
+from electra_jax.layers import Architecture, drop
 
 LENGTH = 256
 
@@ -53,6 +53,77 @@ def compare(ours, theirs, ids, tolerance):
     for a, b in pairs:
         assert np.abs(b).max() > 0.1
         np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * np.abs(b).max())
+
+
+# --- Plain attention --------------------------------------------------------------------------------
+
+KEPT = 256 / 230     # 26 of 256 dropped
+
+
+def textbook(q, k, v, ids, keep, scale, g):
+    """Output and gradients of dropped softmax attention in NumPy float64, the softmax's Jacobian as it stands."""
+    q, k, v, g = (np.asarray(x, np.float64).swapaxes(1, 2) for x in (q, k, v, g))
+    ids, root = np.asarray(ids), q.shape[-1]**-0.5
+    scores = np.where((ids[:, :, None] == ids[:, None, :])[:, None], q @ k.swapaxes(2, 3) * root, -np.inf)
+    probs = np.exp(scores - scores.max(-1, keepdims=True))
+    probs /= probs.sum(-1, keepdims=True)
+    factor = np.ones_like(probs) if keep is None else keep * scale
+    g_probs = g @ v.swapaxes(2, 3) * factor
+    jacobian = np.einsum("bhlm,mn->bhlmn", probs, np.eye(probs.shape[-1])) - np.einsum("bhlm,bhln->bhlmn", probs, probs)
+    g_scores = np.einsum("bhlm,bhlmn->bhln", g_probs, jacobian) * root
+    out = (probs * factor) @ v, g_scores @ k, g_scores.swapaxes(2, 3) @ q, (probs * factor).swapaxes(2, 3) @ g
+    return [x.swapaxes(1, 2) for x in out]
+
+
+def plain_case(length=24):
+    """Query, key, value and output's gradient [B, L, H, K], numbers of two pieces and padding, what dropout keeps."""
+    rng = np.random.default_rng(0)
+    ids = np.ones((3, length), np.int32)
+    ids[1, 9:], ids[2, 5:], ids[2, 20:] = 2, 2, 0
+    q, k, v, g = rng.normal(0, 1.5, (4, 3, length, 2, 8)).astype(np.float32)
+    return (q, k, v + 1, ids, rng.random((3, 2, length, length)) < 230 / 256), g
+
+
+def plain_gradients(case, g, scale):
+    out, vjp = jax.vjp(lambda q, k, v: attention.plain(q, k, v, *case[3:], scale), *case[:3])
+    return out, *vjp(g)
+
+
+@pytest.mark.parametrize("dropped", [False, True])
+def test_plain_attention_has_the_values_and_gradients_of_the_textbook(dropped):
+    (*arrays, keep), g = plain_case()
+    case, scale = (*arrays, keep if dropped else None), KEPT if dropped else 1.0
+    for ours, exact in zip(plain_gradients(case, g, scale), textbook(*case, scale, g), strict=True):
+        np.testing.assert_allclose(ours, exact, rtol=0, atol=1e-5 * np.abs(exact).max())
+
+
+def test_plain_attention_in_bfloat16_is_nearer_to_the_textbook_than_its_derivative_step_by_step():
+    (q, k, v, ids, keep), g = plain_case()
+    q, k, v, g = (jnp.asarray(x, jnp.bfloat16) for x in (q, k, v, g))
+
+    def step_by_step(q, k, v):
+        scores = jnp.einsum("blhk,bmhk->bhlm", q * q.shape[-1]**-0.5, k, preferred_element_type=jnp.float32)
+        scores = jnp.where(attention.same_piece(ids)[:, None], scores, -1e9)
+        probs = jax.nn.softmax(scores, -1).astype(q.dtype)
+        return jnp.einsum("bhlm,bmhk->blhk", drop(probs, keep, KEPT), v)
+
+    out, vjp = jax.vjp(step_by_step, q, k, v)
+    exact = textbook(q, k, v, ids, keep, KEPT, g)
+    errors, others = ([np.linalg.norm(np.asarray(x, np.float64) - y) / np.linalg.norm(y)
+                       for x, y in zip(found, exact, strict=True)]
+                      for found in (plain_gradients((q, k, v, ids, keep), g, KEPT), (out, *vjp(g))))
+    assert max(errors) < 2**-7 and all(ours < other for ours, other in zip(errors, others, strict=True))
+
+
+def test_plain_attention_keeps_one_array_of_probabilities_in_the_inputs_dtype():
+    (*arrays, keep), _ = plain_case()
+    q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in arrays[:3])
+    kept = jax.eval_shape(lambda: jax.vjp(lambda q: attention.plain(q, k, v, arrays[3], keep, KEPT), q)[1])
+    squares = [x for x in jax.tree.leaves(kept) if x.shape[-2:] == keep.shape[-2:]]
+    assert [x.dtype for x in squares] == [jnp.bfloat16]
+
+
+# --- Kernels ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture

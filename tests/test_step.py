@@ -131,6 +131,22 @@ def test_bfloat16_gradients_add_up_over_thousands_of_tokens_as_float32_ones_do()
         assert error < 0.05, f"{jax.tree_util.keystr(path)}: {error:.3f}"
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_under_bfloat16_no_product_of_the_step_multiplies_float32_but_the_last_of_the_discriminator(dropout):
+    """A float32 operand halves the speed of a matrix unit and doubles the traffic."""
+    config = tiny.config(model__dtype="bfloat16", model__hidden_dropout=dropout, model__attention_dropout=dropout)
+    program = step.build(config, sharding.make_mesh(config.mesh, jax.devices()[:1]), tiny.SPECIAL_IDS)
+    rows = jax.ShapeDtypeStruct((config.data.batch_size, config.data.seq_len), jnp.int32)
+    batch = dict.fromkeys(("input_ids", "token_type_ids", "piece_ids", "position_ids"), rows)
+    text = program.train_step.lower(program.abstract_state, batch).as_text()
+    products = re.findall(r"dot_general .* : \(tensor<(\S+)>, tensor<(\S+)>\)", text)
+    tokens, width = math.prod(rows.shape), config.model.hidden_size
+    assert len(products) > 40
+    shapes = {pair for pair in products if any(operand.endswith("f32") and "b" not in operand for operand in pair)}
+    assert shapes == {(f"{tokens}x{width}xf32", f"{width}x1xf32"), (f"{tokens}x1xf32", f"{tokens}x{width}xf32"),
+                      (f"{tokens}x1xf32", f"{width}x1xf32")}
+
+
 def test_accuracy_counts_masked_tokens_only():
     case = Case(objective__name="mlm", objective__mask_token_prob=0.5)
     case.params["generator"]["head"]["bias"][9] = 100   # always guessed, and often right
