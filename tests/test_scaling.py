@@ -247,6 +247,10 @@ PARAMETERS = """  %t = f32[1000,8]{1,0} parameter(0)
     # A copy, updated.
     ("""  %new = f32[1000,8]{1,0} dynamic-update-slice(%t, %r, %i)
   ROOT %out = f32[1000,8]{1,0} negate(%new)""", "f32[1000,8]{1,0}", TABLE + ROWS + IDS + TABLE),
+    # What is written was made in vector memory; a TPU's copy of an array onto itself is no use of it.
+    ("""  %fast = f32[5,8]{1,0:T(8,128)S(1)} negate(%r)
+  %same = f32[1000,8]{1,0} fusion(%t), kind=kLoop, output_to_operand_aliasing={{}: (0, {})}, calls=%copy
+  ROOT %out = f32[1000,8]{1,0} dynamic-update-slice(%same, %fast, %i)""", "f32[1000,8]{1,0}", ROWS + IDS + ROWS),
     # One result of two.
     ("""  %new = f32[1000,8]{1,0} dynamic-update-slice(%t, %r, %i)
   ROOT %out = (s32[5]{0}, f32[1000,8]{1,0}) tuple(%i, %new)""", "(s32[5]{0}, f32[1000,8]{1,0})",
@@ -257,12 +261,26 @@ def test_of_a_table_that_is_looked_up_in_or_updated_in_place_only_those_rows_cou
 
 def test_outside_of_fusions_too_only_the_rows_count():
     alone = """  %row = f32[5,8]{1,0} dynamic-slice(%table, %ids), dynamic_slice_sizes={5,8}
-  %seen = f32[5,8]{1,0} gather(%table, %ids), slice_sizes={1,8}
+  %seen = f32[5,8]{1,0:S(1)} gather(%table, %ids), slice_sizes={1,8}
   %new = f32[1000,8]{1,0} dynamic-update-slice(%table, %rows, %ids)
 """
     rest = hlo.traffic(fused(PARAMETERS + "  ROOT %out = f32[8]{0} reduce(%t)", "%table", "f32[8]{0}"))
     program = fused(PARAMETERS + "  ROOT %out = f32[8]{0} reduce(%t)", "%table", "f32[8]{0}", alone)
-    assert rest == TABLE + 32 and hlo.traffic(program) - rest == 2 * (2 * ROWS + IDS) + 2 * ROWS + IDS
+    assert rest == TABLE + 32 and hlo.traffic(program) - rest == (2 * ROWS + IDS) + (ROWS + IDS) + (2 * ROWS + IDS)
+
+
+@pytest.mark.parametrize("copy, expected", [
+    ("(f32[5,8]{1,0:T(8,128)S(1)}, f32[5,8]{1,0}, u32[]) copy-start(%rows)", ROWS),
+    ("(f32[5,8]{1,0}, f32[5,8]{1,0}, u32[]) copy-start(%rows)", 2 * ROWS)])
+def test_a_copy_into_vector_memory_reads_and_one_within_main_memory_writes_too(copy, expected):
+    idle = PARAMETERS + "  ROOT %out = f32[8]{0} slice(%t)"
+    without = hlo.traffic(fused(idle, "%table", "f32[8]{0}"))
+    assert hlo.traffic(fused(idle, "%table", "f32[8]{0}", f"  %c = {copy}\n")) - without == expected
+
+
+def test_what_is_called_runs_once():
+    called = PROGRAM.replace("while(%x), condition=%condition, body=%body", "call(%x), to_apply=%body")
+    assert hlo.kernels(called) == 3 + 3 and {c.times for c in hlo.collectives(called, 8)} == {1}
 
 
 def test_a_library_call_reads_and_writes_but_its_scratch_does_not_count():
@@ -422,6 +440,18 @@ def test_the_compilers_options_leave_the_users_flags_alone(monkeypatch):
     assert targets.compiler_options([gpu]) == {"xla_gpu_autotune_level": 0} and targets.compiler_options([cpu]) == {}
     monkeypatch.delenv("XLA_FLAGS")
     assert targets.compiler_options([gpu])["xla_gpu_enable_triton_gemm"] is False
+
+
+def test_without_cudnn_one_line_says_how_to_get_it(monkeypatch, capsys):
+    def fail(*arguments):
+        raise RuntimeError("cuDNN not found.")
+
+    monkeypatch.setattr(targets, "devices", lambda topology: [])
+    monkeypatch.setattr(scaling, "compile_step", fail)
+    code, out, error = command(monkeypatch, capsys, "--topology=h100:1", "--config.model.attention=cudnn",
+                               "--config.model.attention_dropout=0", "--config.model.dtype=bfloat16")
+    assert code == 2 and not out and error.count("\n") == 1
+    assert "model.attention=cudnn" in error and "pip install nvidia-cudnn-cu12" in error
 
 
 CUDA = targets.has_cuda()
