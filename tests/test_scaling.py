@@ -4,12 +4,13 @@ import importlib.util
 import json
 import math
 import sys
+import types
 
 import jax
 import pytest
 import tiny
 
-from electra_jax.tools import hlo, roofline, scaling
+from electra_jax.tools import hlo, roofline, scaling, targets
 from electra_jax.tools.roofline import CHIPS, GIB
 
 # --- The roofline ---------------------------------------------------------------------------------
@@ -26,9 +27,20 @@ def test_a_collective_takes_its_bytes_over_the_links():
 
 def test_between_nodes_of_gpus_each_sends_an_eighth():
     stages = roofline.levels(CHIPS["h100"], (32,), (32,))
-    assert stages == [(8, 450e9), (4, 50e9)]
+    assert stages == [(8, 450e9), (4, 50e9)] == roofline.levels(CHIPS["h100"], (32,), (8, 4))
     assert roofline.collective_s("all-reduce", 1e9, stages) == pytest.approx(2 * 7 / 8 / 450 + 2 * 3 / 4 / 8 / 50)
     assert roofline.levels(CHIPS["h100"], (4,), (4,))[0] == (4, 450e9)
+    # One GPU of each node: all of the array goes over its own link to the network.
+    assert roofline.collective_s("all-reduce", 1e9, roofline.levels(CHIPS["h100"], (32,), (1, 4))) == pytest.approx(
+        2 * 3 / 4 / 50)
+
+
+def test_a_group_of_gpus_reaches_over_nodes_of_eight():
+    gpus = [types.SimpleNamespace(id=i, coords=[0, 0, 0]) for i in range(32)]
+    for group, expected in ((range(8), (8, 1)), (range(32), (8, 4)), (range(0, 32, 8), (1, 4)), ((6, 8), (1, 2))):
+        assert roofline.reach(CHIPS["h100"], [gpus[i] for i in group]) == expected
+    tpus = [types.SimpleNamespace(coords=(x, y, 0)) for x in range(4) for y in range(2)]
+    assert roofline.reach(CHIPS["v5e"], tpus) == (4, 2)
 
 
 @pytest.mark.parametrize("name, shape, extents, links", [
@@ -99,10 +111,15 @@ HloModule m, is_scheduled=true, input_output_alias={ {0}: (0, {}, may-alias) }, 
   ROOT %sum = f32[] add(%a, %a)
 }
 
+%row (rows: f32[6,8]) -> f32[8] {
+  %rows = f32[6,8]{1,0} parameter(0)
+  ROOT %row = f32[8]{0} dynamic-slice(%rows), dynamic_slice_sizes={1,8}
+}
+
 %body (p: (s32[], f32[6,8])) -> (s32[], f32[6,8]) {
   %p = (s32[]{:T(128)}, f32[6,8]{1,0}) parameter(0)
   %stack = f32[6,8]{1,0:T(8,128)} get-tuple-element(%p), index=1
-  %slice = f32[8]{0:T(128)} fusion(%stack), kind=kLoop, calls=%add
+  %slice = f32[8]{0:T(128)} fusion(%stack), kind=kLoop, calls=%row
   %fast = f32[8]{0:T(128)S(1)} negate(%slice)
   %reduced = (bf16[3,4]{1,0}, f32[2]{0}) all-reduce(%slice, %slice), replica_groups=[2,4]<=[4,2]T(1,0), to_apply=%add
   ROOT %t = (s32[], f32[6,8]) tuple(%p, %stack)
@@ -166,7 +183,7 @@ def test_a_collective_counts_the_whole_array_in_its_group():
 
 def test_traffic_counts_slices_of_what_a_loop_steps_through_and_leaves_vector_memory_out():
     loop = (32 + 32) + 32 + (24 + 8 + 2 * 32)      # slice, what is negated into vector memory, all-reduce
-    entry = 40 + (100 + 400) + (400 + 400)
+    entry = (40 + 320) + (100 + 400) + (400 + 400)
     assert hlo.traffic(PROGRAM) == 6 * loop + entry
 
 
@@ -181,9 +198,131 @@ ENTRY"""
     nested = PROGRAM.replace("ENTRY", outer).replace(
         "%loop = (s32[], f32[6,8]) while(%x), condition=%condition, body=%body",
         '%loop = (s32[], f32[100]) while(%x), body=%microbatches, backend_config={"known_trip_count":{"n":"4"}}')
-    entry = 40 + (100 + 400) + (400 + 400)
+    entry = (40 + 320) + (100 + 400) + (400 + 400)
     assert hlo.traffic(nested) - entry == 4 * (hlo.traffic(PROGRAM) - entry)
     assert {c.times for c in hlo.collectives(nested, 8)} == {1, 24}
+
+
+def fused(body, operands, result, more=""):
+    """A program of one fusion and the instructions `more`."""
+    return f"""
+%fused (a: f32[]) -> f32[] {{
+{body}
+}}
+
+ENTRY %main (table: f32[1000,8]) -> f32[] {{
+  %table = f32[1000,8]{{1,0}} parameter(0)
+  %rows = f32[5,8]{{1,0}} parameter(1)
+  %ids = s32[5]{{0}} parameter(2)
+  %flat = f32[8000]{{0}} bitcast(%table)
+  ROOT %out = {result} fusion({operands}), kind=kLoop, calls=%fused
+{more}}}
+"""
+
+
+TABLE, ROWS, IDS = 32_000, 160, 20
+PARAMETERS = """  %t = f32[1000,8]{1,0} parameter(0)
+  %view = f32[1000,1,8]{2,1,0} bitcast(%t)
+  %r = f32[5,8]{1,0} parameter(1)
+  %i = s32[5]{0} parameter(2)
+"""
+
+
+@pytest.mark.parametrize("body, result, expected", [
+    ("  ROOT %out = f32[5,8]{1,0} gather(%view, %i), slice_sizes={1,8}", "f32[5,8]{1,0}", ROWS + IDS + ROWS),
+    # Looked up and read: all of it.
+    ("""  %look = f32[5,8]{1,0} gather(%view, %i), slice_sizes={1,8}
+  %sum = f32[8]{0} reduce(%t), to_apply=%add
+  ROOT %out = (f32[5,8]{1,0}, f32[8]{0}) tuple(%look, %sum)""", "(f32[5,8]{1,0}, f32[8]{0})",
+     TABLE + IDS + ROWS + 32),
+    # In two pieces.
+    ("""  %one = f32[3,8]{1,0} slice(%t), slice={[0:3], [0:8]}
+  %two = f32[2,8]{1,0} slice(%t), slice={[3:5], [0:8]}
+  ROOT %out = f32[5,8]{1,0} concatenate(%one, %two), dimensions={0}""", "f32[5,8]{1,0}", ROWS + ROWS),
+    # Updated in place: written, and by a scatter read before.
+    ("""  %new = f32[1000,1,8]{2,1,0} dynamic-update-slice(%view, %r, %i)
+  ROOT %out = f32[1000,8]{1,0} bitcast(%new)""", "f32[1000,8]{1,0}", ROWS + IDS + ROWS),
+    ("  ROOT %out = f32[1000,8]{1,0} scatter(%t, %i, %r), to_apply=%add", "f32[1000,8]{1,0}",
+     ROWS + IDS + ROWS + ROWS),
+    # A copy, updated.
+    ("""  %new = f32[1000,8]{1,0} dynamic-update-slice(%t, %r, %i)
+  ROOT %out = f32[1000,8]{1,0} negate(%new)""", "f32[1000,8]{1,0}", TABLE + ROWS + IDS + TABLE),
+    # What is written was made in vector memory; a TPU's copy of an array onto itself is no use of it.
+    ("""  %fast = f32[5,8]{1,0:T(8,128)S(1)} negate(%r)
+  %same = f32[1000,8]{1,0} fusion(%t), kind=kLoop, output_to_operand_aliasing={{}: (0, {})}, calls=%copy
+  ROOT %out = f32[1000,8]{1,0} dynamic-update-slice(%same, %fast, %i)""", "f32[1000,8]{1,0}", ROWS + IDS + ROWS),
+    # One result of two.
+    ("""  %new = f32[1000,8]{1,0} dynamic-update-slice(%t, %r, %i)
+  ROOT %out = (s32[5]{0}, f32[1000,8]{1,0}) tuple(%i, %new)""", "(s32[5]{0}, f32[1000,8]{1,0})",
+     ROWS + IDS + IDS + ROWS)])
+def test_of_a_table_that_is_looked_up_in_or_updated_in_place_only_those_rows_count(body, result, expected):
+    assert hlo.traffic(fused(PARAMETERS + body, "%flat, %rows, %ids", result)) == expected
+
+
+def test_outside_of_fusions_too_only_the_rows_count():
+    alone = """  %row = f32[5,8]{1,0} dynamic-slice(%table, %ids), dynamic_slice_sizes={5,8}
+  %seen = f32[5,8]{1,0:S(1)} gather(%table, %ids), slice_sizes={1,8}
+  %new = f32[1000,8]{1,0} dynamic-update-slice(%table, %rows, %ids)
+"""
+    rest = hlo.traffic(fused(PARAMETERS + "  ROOT %out = f32[8]{0} reduce(%t)", "%table", "f32[8]{0}"))
+    program = fused(PARAMETERS + "  ROOT %out = f32[8]{0} reduce(%t)", "%table", "f32[8]{0}", alone)
+    assert rest == TABLE + 32 and hlo.traffic(program) - rest == (2 * ROWS + IDS) + (ROWS + IDS) + (2 * ROWS + IDS)
+
+
+@pytest.mark.parametrize("copy, expected", [
+    ("(f32[5,8]{1,0:T(8,128)S(1)}, f32[5,8]{1,0}, u32[]) copy-start(%rows)", ROWS),
+    ("(f32[5,8]{1,0}, f32[5,8]{1,0}, u32[]) copy-start(%rows)", 2 * ROWS)])
+def test_a_copy_into_vector_memory_reads_and_one_within_main_memory_writes_too(copy, expected):
+    idle = PARAMETERS + "  ROOT %out = f32[8]{0} slice(%t)"
+    without = hlo.traffic(fused(idle, "%table", "f32[8]{0}"))
+    assert hlo.traffic(fused(idle, "%table", "f32[8]{0}", f"  %c = {copy}\n")) - without == expected
+
+
+def test_what_is_called_runs_once():
+    called = PROGRAM.replace("while(%x), condition=%condition, body=%body", "call(%x), to_apply=%body")
+    assert hlo.kernels(called) == 3 + 3 and {c.times for c in hlo.collectives(called, 8)} == {1}
+
+
+def test_a_library_call_reads_and_writes_but_its_scratch_does_not_count():
+    call = '  %call = (f32[5,8]{1,0}, s8[4096]{0}) custom-call(%rows, %ids), custom_call_target="__cublas$lt$matmul"\n'
+    idle = PARAMETERS + "  ROOT %out = f32[8]{0} slice(%t)"
+    without = hlo.traffic(fused(idle, "%table", "f32[8]{0}"))
+    assert hlo.traffic(fused(idle, "%table", "f32[8]{0}", call)) - without == ROWS + IDS + ROWS
+    marked = call.replace("__cublas$lt$matmul", "AllocateBuffer")
+    assert hlo.traffic(fused(idle, "%table", "f32[8]{0}", marked)) == without
+    assert [hlo.kernels(fused(idle, "%table", "f32[8]{0}", more)) for more in ("", call, marked)] == [1, 2, 1]
+
+
+def test_kernels_in_a_loop_count_as_often_as_it_turns():
+    # slice, negate, all-reduce; all-gather, reduce-scatter, permute; the loop's condition unless its length is known.
+    assert hlo.kernels(PROGRAM) == 6 * (3 + 1) + 3
+    known = PROGRAM.replace("body=%body", 'body=%body, backend_config={"known_trip_count":{"n":"12"}}')
+    assert hlo.kernels(known) == 12 * 3 + 3
+
+
+@pytest.mark.parametrize("groups, first", [
+    ("mesh['axis_0'=4,'axis_1'=1,'axis_2'=2] {'axis_0'}", (0, 2, 4, 6)),
+    ("mesh['axis_0'=4,'axis_1'=1,'axis_2'=2] {'axis_2'}", (0, 1)),
+    ("mesh['a'=2,'b'=4], device_ids=([2,2,2]T(1,0,2)) {'a'}", (0, 2)),
+    ("mesh['a'=2,'b'=4], device_ids=([2,2,2]T(1,0,2)) {'b'}", (0, 1, 4, 5)),
+    ("mesh['a'=2,'b'=4], device_ids=(7,6,5,4,3,2,1,0) {'a'}", (7, 3)),
+    ("mesh['a'=8] {'a':(1)2}", (0, 4)), ("mesh['a'=8] {'a':(2)4}", (0, 1, 2, 3)),
+    ("mesh['a'=2,'b'=4] {'a','b'}", tuple(range(8)))])
+def test_groups_are_read_from_names_of_a_mesh(groups, first):
+    program = PROGRAM.replace("replica_groups={}", f"replica_groups={groups}")
+    assert {c.kind: c.group for c in hlo.collectives(program, 8)}["all-gather"] == first
+
+
+def test_a_collective_that_starts_and_waits_is_not_hidden_and_one_with_itself_is_none():
+    waits = PROGRAM.replace("replica_groups={}", 'replica_groups={}, backend_config={"is_sync":true}')
+    assert not any(c.hidden for c in hlo.collectives(waits, 8))
+    itself = PROGRAM.replace("{{0,1},{1,0}}", "{{0,0},{3,5}}")
+    assert {c.kind: c.group for c in hlo.collectives(itself, 8)}["collective-permute"] == (3, 5)
+    none = PROGRAM.replace("{{0,1},{1,0}}", "{{0,0},{1,1}}")
+    assert "collective-permute" not in {c.kind for c in hlo.collectives(none, 8)}
+    start = PROGRAM.replace("%scatter = f32[25]{0} reduce-scatter(%x)",
+                            "%scatter = ((f32[100]{0}), f32[25]{0}) reduce-scatter-start(%x)")
+    assert {c.kind: c.payload for c in hlo.collectives(start, 8)}["reduce-scatter"] == 400
 
 
 @pytest.fixture(scope="module")
@@ -268,10 +407,18 @@ def test_a_topology_that_is_none_is_refused_in_one_line(monkeypatch, capsys, top
     assert code == 2 and not out and error.count("\n") == 1 and f"--topology={topology}" in error
 
 
-def test_results_are_lines_of_json_or_a_table(monkeypatch, capsys):
+@pytest.fixture
+def without_cuda(monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec",
+                        lambda name: None if name.startswith("jax_plugins") else find(name))
+
+
+def test_results_are_lines_of_json_or_a_table(monkeypatch, capsys, without_cuda):
     code, out, _ = command(monkeypatch, capsys, "--topology=h100:8,h100:16", "--rows-per-chip=64")
     first, second = map(json.loads, out.splitlines())
     assert code == 0 and (first["chips"], second["chips"]) == (8, 16) and first["batch_size"] == 512
+    assert first["what"] == "formula" and "kernels" not in first
     assert first["params"] == 14_196_219 and first["compute_ms"] == second["compute_ms"]
     assert first["exposed_ms"] < second["exposed_ms"]      # over the network
     code, out, _ = command(monkeypatch, capsys, "--topology=h100:8", "--rows-per-chip=64", "--markdown")
@@ -285,3 +432,42 @@ def test_the_step_compiles_for_a_tpu_slice():
     result = scaling.compile_report(config, "v5e:2x2", 0.5)
     assert result["fits"] and result["state_aliased"] and result["chips"] == 4
     assert result["peak_gib"] < result["hbm_gib"] and result["collectives"]["all-reduce"]["count"] > 0
+
+
+def test_the_compilers_options_leave_the_users_flags_alone(monkeypatch):
+    gpu, cpu = types.SimpleNamespace(platform="gpu"), types.SimpleNamespace(platform="cpu")
+    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_enable_triton_gemm=true")
+    assert targets.compiler_options([gpu]) == {"xla_gpu_autotune_level": 0} and targets.compiler_options([cpu]) == {}
+    monkeypatch.delenv("XLA_FLAGS")
+    assert targets.compiler_options([gpu])["xla_gpu_enable_triton_gemm"] is False
+
+
+def test_without_cudnn_one_line_says_how_to_get_it(monkeypatch, capsys):
+    def fail(*arguments):
+        raise RuntimeError("cuDNN not found.")
+
+    monkeypatch.setattr(targets, "devices", lambda topology: [])
+    monkeypatch.setattr(scaling, "compile_step", fail)
+    code, out, error = command(monkeypatch, capsys, "--topology=h100:1", "--config.model.attention=cudnn",
+                               "--config.model.attention_dropout=0", "--config.model.dtype=bfloat16")
+    assert code == 2 and not out and error.count("\n") == 1
+    assert "model.attention=cudnn" in error and "pip install nvidia-cudnn-cu12" in error
+
+
+CUDA = targets.has_cuda()
+
+
+@pytest.mark.skipif(not CUDA, reason="JAX's plugin for CUDA is not installed")
+def test_the_step_compiles_for_gpus_and_none_is_opened():
+    config = tiny.config(model__num_layers=1, model__dtype="bfloat16", data__batch_size=16)
+    one, two = (scaling.compile_report(config, f"h100:{chips}", 0.5) for chips in (1, 2))
+    assert one["what"] == two["what"] == "compile" and one["fits"] and one["state_aliased"]
+    assert one["hbm_traffic_gib"] > one["state_gib"] and 100 < one["kernels"] < 1000
+    assert not one["collectives"] and two["collectives"]["all-reduce"]["mib"] > 0 and two["mesh"] == {"data": 2}
+    assert {device.platform for device in jax.devices()} == {"cpu"}
+
+
+@pytest.mark.skipif(not CUDA, reason="JAX's plugin for CUDA is not installed")
+def test_gpus_that_fill_no_nodes_are_refused_in_one_line(monkeypatch, capsys):
+    code, out, error = command(monkeypatch, capsys, "--topology=h100:12")
+    assert code == 2 and not out and error.count("\n") == 1 and "--topology=h100:12" in error and "eight" in error

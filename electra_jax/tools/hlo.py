@@ -1,8 +1,10 @@
-"""Reads the collectives, with their sizes, groups and loops, from the text of a compiled program (optimised HLO)."""
+"""Reads collectives, memory traffic and kernels, loops in full, from the text of a compiled program (optimised HLO)."""
 
 import dataclasses
+import itertools
 import math
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,9 @@ _SHAPE = re.compile(r"\b(pred|bf16|[suf]\d+\w*)\[([\d,]*)\]")
 _COLLECTIVE = re.compile(
     r" = (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(-start)?\(")
 _GROUPS = re.compile(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
+# mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}; of an axis perhaps a part, 'b':(1)2, behind 1 and 2 long
+_MESH = re.compile(
+    r"replica_groups=mesh\[(.*?)\](?:, device_ids=\((?:\[([\d,]+)\]T\(([\d,]+)\)|([\d,]+))\))? \{(.*?)\}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +39,7 @@ def collectives(hlo: str, num_devices: int) -> list[Collective]:
     among them: the instructions of a chain are one collective, as often as the least of them.
     """
     bodies = _computations(hlo)
-    times = {name: count for name, (count, _) in _runs(bodies).items()}
+    times = _runs(bodies)
     hidden = {name for lines in bodies.values() for line in lines if " async-start(" in line
               for name in _called(line)}
     found: dict[Any, Collective] = {}
@@ -49,7 +54,7 @@ def collectives(hlo: str, num_devices: int) -> list[Collective]:
                 for dtype, dims in _SHAPE.findall(result):
                     sizes[dtype] += math.prod(map(int, filter(None, dims.split(",")))) * _bits(dtype) // 8
                 payload = sum(sizes.values())
-                if start and kind == "all-gather":           # a tuple of operands and results
+                if start and kind in ("all-gather", "reduce-scatter"):    # a tuple of operands and results
                     payload = payload * len(group) // (len(group) + 1)
                 elif start and kind in ("all-to-all", "collective-permute"):
                     payload //= 2
@@ -60,7 +65,7 @@ def collectives(hlo: str, num_devices: int) -> list[Collective]:
                 key = (kind, chain[1]) if chain else len(found)
                 again = found.get(key)
                 found[key] = Collective(kind, payload, max(sizes, key=sizes.get), group,
-                                        bool(start or again) or name in hidden,
+                                        (bool(start or again) and '"is_sync":true' not in line) or name in hidden,
                                         min(times[name], again.times if again else math.inf),
                                         source[1] if source else "")
     return list(found.values())
@@ -86,18 +91,18 @@ def _called(line: str) -> list[str]:
                                          r"(\{[^}]*\}|%[\w.\-]+)", line) for name in re.findall(r"%([\w.\-]+)", names)]
 
 
-def _runs(bodies: dict[str, list[str]]) -> dict[str, tuple[int, int]]:
-    """How often each computation runs in a step, and the length of the innermost loop around it (1: none)."""
-    runs: dict[str, tuple[int, int]] = {}
+def _runs(bodies: dict[str, list[str]]) -> dict[str, int]:
+    """How often each computation runs in a step."""
+    runs: dict[str, int] = {}
 
-    def visit(name: str, count: int, turns: int) -> None:
-        runs[name] = (runs.get(name, (0, 1))[0] + count, turns)
+    def visit(name: str, count: int) -> None:
+        runs[name] = runs.get(name, 0) + count
         for line in bodies.get(name, ()):
-            length = _trip_count(line, bodies) if " while(" in line else 0
+            turns = _trip_count(line, bodies) if " while(" in line else 1
             for callee in _called(line):
-                visit(callee, count * (length or 1), length or turns)
+                visit(callee, count * turns)
 
-    visit("", 1, 1)
+    visit("", 1)
     return runs
 
 
@@ -125,12 +130,26 @@ def _step(condition: list[str], body: list[str]) -> int:
 
 
 def _first_group(line: str, num_devices: int) -> tuple[int, ...]:
+    if match := _MESH.search(line):
+        sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", match[1])}
+        ids = np.arange(math.prod(sizes.values()))
+        if match[2]:
+            ids = ids.reshape(_ints(match[2])).transpose(_ints(match[3]))
+        ids = np.array(_ints(match[4])) if match[4] else ids
+        places = {name: [0] for name in sizes}
+        for name, before, part in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", match[5]):
+            stride = sizes[name] // (int(before) * int(part)) if part else 1
+            places[name] = [stride * i for i in range(int(part or sizes[name]))]
+        return tuple(int(i) for i in ids.reshape(list(sizes.values()))[np.ix_(*places.values())].reshape(-1))
     if match := _GROUPS.search(line):       # [groups, size] <= [iota] T(permutation)
         ids = np.arange(math.prod(dims := _ints(match[3]))).reshape(dims)
         ids = ids.transpose(_ints(match[4])) if match[4] else ids
         return tuple(int(i) for i in ids.reshape(int(match[1]), int(match[2]))[0])
-    if match := re.search(r"(?:replica_groups|source_target_pairs)=\{\{([\d,]+)\}", line):
+    if match := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
         return tuple(_ints(match[1]))
+    if match := re.search(r"source_target_pairs=\{(.*?)\}\}", line):    # a device may send to itself: nothing moves
+        pairs = [tuple(_ints(pair)) for pair in re.findall(r"\{([\d,]+)", match[1])]
+        return next((pair for pair in pairs if pair[0] != pair[1]), pairs[0][:1])
     return tuple(range(num_devices))
 
 
@@ -138,48 +157,136 @@ def _ints(text: str) -> list[int]:
     return [int(n) for n in text.split(",")]
 
 
-# What moves no data itself, or was counted where it started.
+# What starts no work and moves no data itself, or was counted where it started.
 _FREE = {"parameter", "tuple", "get-tuple-element", "bitcast", "constant", "while", "conditional", "call", "after-all",
-         "partition-id", "iota", "custom-call"}
+         "partition-id", "replica-id", "iota"}
+# Custom calls that do: libraries (__cublas$lt$matmul, __cudnn$fmhaSoftmax) and kernels. Others only mark something.
+_LIBRARY = re.compile(r'custom_call_target="(__|cu|tpu_custom_call)')
+_COPIES = {"copy-start", "slice-start", "dynamic-slice-start", "dynamic-update-slice-start", "async-start"}
 _INSTRUCTION = re.compile(r"\s*(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*?)\)(?:,|$)")
+_ARRAY = re.compile(r"\b(pred|bf16|[suf]\d+\w*)\[([\d,]*)\](\{[^}]*\})?")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Instruction:
+    name: str
+    result: str            # its type
+    opcode: str
+    operands: list[str]    # their names
+    line: str
+
+    def sizes(self, hbm: bool = True) -> list[float]:
+        """Bytes of each array of the result; 0 for scalars and, with `hbm`, for what lies outside of main memory."""
+        sizes = []
+        # Libraries return the memory that they work in beside their results.
+        scratch = self.opcode == "custom-call" or "kind=kCustom" in self.line
+        for dtype, dims, layout in _ARRAY.findall(self.result):
+            skip = not dims or (hbm and "S(" in layout) or (scratch and dtype in ("s8", "u8") and "," not in dims)
+            sizes.append(0.0 if skip else math.prod(_ints(dims)) * _bits(dtype) / 8)
+        return sizes
 
 
 def traffic(hlo: str) -> float:
-    """Bytes that the program reads from and writes to a TPU's main memory in a step, loops counted in full.
+    """Bytes that the program reads from and writes to main memory in a step, loops counted in full.
 
-    Every instruction outside of fusions reads its operands and writes its result, unless they lie in vector memory
-    (S(1) in their layout). Within a loop of n turns, an array of n slices is read or written a slice at a time. The
-    compiler's own figure ("bytes accessed") counts the body of a loop once.
+    Every instruction outside of fusions reads its operands and writes its result, unless they lie in a TPU's vector
+    memory (S(1) in their layout). Of an operand that is only sliced or looked up in, what comes out counts; of one
+    that is updated in place, the update. The compiler's own figure ("bytes accessed") counts the body of a loop once.
     """
     bodies = _computations(hlo)
-    fused = {name for lines in bodies.values() for line in lines if " while(" not in line for name in _called(line)}
     total = 0.0
-    for name, (count, turns) in _runs(bodies).items():
-        if name in fused:
-            continue
-        results: dict[str, list[float]] = {}
-        for line in bodies.get(name, ()):
-            if not (match := _INSTRUCTION.match(line)):
-                continue
-            results[match[1]] = sizes = _in_hbm(match[2], turns)
-            if match[3] in _FREE or match[3].endswith("-done"):
-                continue
-            operands = [size for operand in re.findall(r"%([\w.\-]+)", match[4]) for size in results.get(operand, ())]
-            if "dynamic-update-slice" in match[1]:    # writes in place: what it updates is not read
-                operands = [size for size in operands if size not in sizes]
-            if match[3].endswith("-start"):    # a copy or slice into vector memory: what arrives was read once
-                total += count * min(_in_hbm(match[2].replace("S(1)", ""), turns), default=0.0)
+    for count, body in _outside_fusions(bodies):
+        hbm, sizes = {i.name: sum(i.sizes()) for i in body}, {i.name: sum(i.sizes(hbm=False)) for i in body}
+        for i in filter(_works, body):
+            operands = [hbm.get(operand, 0.0) for operand in i.operands]
+            if i.opcode in _COPIES:
+                # What arrives in vector memory was read once; a copy within main memory writes as well.
+                moved = min(filter(None, i.sizes(hbm=False)), default=0.0)
+                total += count * moved * (1 if "S(" in i.result or i.opcode == "async-start" else 2)
+            elif i.opcode in ("all-gather-start", "reduce-scatter-start", "collective-permute-start"):
+                # The result is of operands and results.
+                total += count * hbm[i.name]
             else:
-                total += count * (sum(sizes) + sum(operands))
+                read, written = _parts(i, sizes, bodies)
+                total += count * sum(min(size, read.get(k, size)) for k, size in enumerate(operands))
+                total += count * sum(min(size, written.get(k, size)) for k, size in enumerate(i.sizes()))
     return total
 
 
-def _in_hbm(result: str, turns: int) -> list[float]:
-    """Bytes of each array of a result that lies in main memory, those a loop steps through divided by its turns."""
-    out = []
-    for dtype, dims, layout in re.findall(r"\b(pred|bf16|[suf]\d+\w*)\[([\d,]*)\](\{[^}]*\})?", result):
-        sizes = [int(n) for n in dims.split(",") if n]
-        if "S(" not in layout and sizes:
-            share = turns if turns > 1 and sizes[0] == turns else 1
-            out.append(math.prod(sizes) * _bits(dtype) / 8 / share)
-    return out
+def kernels(hlo: str) -> int:
+    """Kernels and library calls that a GPU's program launches in a step; a collective counts as one."""
+    bodies = _computations(hlo)
+    return sum(count * sum(map(_works, body)) for count, body in _outside_fusions(bodies, conditions=False))
+
+
+def _works(i: _Instruction) -> bool:
+    return not (i.opcode in _FREE or i.opcode.endswith("-done")
+                or (i.opcode == "custom-call" and not _LIBRARY.search(i.line)))
+
+
+def _parse(lines: list[str]) -> list[_Instruction]:
+    matches = ((_INSTRUCTION.match(line), line) for line in lines)
+    return [_Instruction(m[1], m[2], m[3], re.findall(r"%([\w.\-]+)", m[4]), line) for m, line in matches if m]
+
+
+def _outside_fusions(bodies: dict[str, list[str]], conditions: bool = True) -> Iterator[tuple[int, list[_Instruction]]]:
+    """Yields the computations that run by themselves with how often they do.
+
+    `conditions=False` leaves out those of loops whose length is known, which a GPU's runtime does not run.
+    """
+    inner = set()
+    for line in itertools.chain.from_iterable(bodies.values()):
+        if " while(" in line:
+            if not conditions and "known_trip_count" in line:
+                inner.add(re.search(r"condition=%([\w.\-]+)", line)[1])
+        elif " call(" not in line:
+            inner.update(_called(line))
+    for name, count in _runs(bodies).items():
+        if name not in inner:
+            yield count, _parse(bodies.get(name, []))
+
+
+def _parts(i: _Instruction, sizes: dict[str, float], bodies: dict[str, list[str]]
+           ) -> tuple[dict[int, float], dict[int, float]]:
+    """Bytes that `i` reads of operands and writes of results, by place, where that may be less than the whole."""
+    if i.opcode in ("slice", "dynamic-slice", "gather"):
+        return {0: sizes[i.name]}, {}
+    if i.opcode in ("dynamic-update-slice", "scatter"):
+        # Not read, only overwritten; a scatter adds to what is there.
+        update = sizes.get(i.operands[1 if i.opcode == "dynamic-update-slice" else 2], 0.0)
+        return {0: update if i.opcode == "scatter" else 0.0}, {0: update}
+    if i.opcode == "fusion":
+        return _fused_parts(_parse(bodies.get(_called(i.line)[0], [])), bodies)
+    return {}, {}
+
+
+def _fused_parts(body: list[_Instruction], bodies: dict[str, list[str]]) -> tuple[dict[int, float], dict[int, float]]:
+    """`_parts` of a fusion: its parameters that are only sliced or updated in place, and what of its results is."""
+    named = {i.name: i for i in body}
+    sizes = {i.name: sum(i.sizes(hbm=False)) for i in body}
+
+    def passes(i: _Instruction) -> bool:    # TPUs: also a fusion in a fusion that copies an array onto itself
+        return i.opcode == "bitcast" or (i.opcode == "fusion" and "output_to_operand_aliasing={{}: (0, {})}" in i.line)
+
+    def source(name: str) -> str:
+        while name in named and passes(named[name]):
+            name = named[name].operands[0]
+        return name
+
+    parameters = {i.name: int(re.search(r"parameter\((\d+)\)", i.line)[1]) for i in body if i.opcode == "parameter"}
+    root = next((i for i in body if i.line.lstrip().startswith("ROOT ")), None)
+    outputs = [source(name) for name in (root.operands if root.opcode == "tuple" else [root.name])] if root else []
+    read: dict[int, float] = dict.fromkeys(parameters.values(), 0.0)
+    written = {}
+    for i in body:
+        if (i.opcode in ("parameter", "tuple") or passes(i)) and i is not root:
+            continue
+        parts, update = _parts(i, sizes, bodies)
+        in_place = update and i.name in outputs and source(i.operands[0]) in parameters
+        if in_place and i.opcode != "fusion":
+            written[outputs.index(i.name)] = update[0]
+        for k, operand in enumerate(i.operands):
+            if (at := parameters.get(source(operand))) is not None:
+                whole = update and k == 0 and not in_place    # a copy, updated
+                read[at] += math.inf if whole else parts.get(k, math.inf)
+    return {k: size for k, size in read.items() if size < math.inf}, written

@@ -71,11 +71,14 @@ def links(chip: Chip, shape: tuple[int, ...], extents: Sequence[int]) -> int:
 
 
 def levels(chip: Chip, shape: tuple[int, ...], extents: Sequence[int]) -> list[tuple[int, float]]:
-    """The stages of a collective as (chips, bytes a second in one direction): one on a torus, two across nodes."""
+    """The stages of a collective as (chips, bytes a second in one direction): one on a torus, two across nodes.
+
+    `extents` of GPUs: how many, in nodes of eight filled one by one, or (in a node, nodes).
+    """
     size = math.prod(extents)
     if chip.dimensions:
         return [(size, links(chip, shape, extents) * chip.link_bandwidth)]
-    node = min(size, 8)
+    node = min(extents[0], 8)
     return [(node, chip.link_bandwidth), (size // node, chip.nic_bandwidth)]
 
 
@@ -111,3 +114,11 @@ def extents(shape: tuple[int, ...], size: int) -> tuple[int, ...]:
         out.append(math.gcd(size, length))
         size //= out[-1]
     return tuple(reversed(out))
+
+
+def reach(chip: Chip, devices: Sequence) -> tuple[int, ...]:
+    """How far a group of JAX's devices reaches: along each axis of a torus, or (GPUs in a node, nodes)."""
+    if chip.dimensions:
+        return tuple(len({device.coords[axis] for device in devices}) for axis in range(chip.dimensions))
+    nodes = len({device.id // 8 for device in devices})
+    return len(devices) // nodes, nodes

@@ -1,6 +1,7 @@
-"""What a train step costs on 1 to 256 chips, with none at hand: compiled ahead of time for TPUs, and by formula.
+"""What a train step costs on 1 to 256 chips, with none at hand: compiled ahead of time, and by formula.
 
   python -m electra_jax.tools.scaling --config=configs/base.py --topology=v5e:4x4,v5e:16x16      # needs libtpu
+  python -m electra_jax.tools.scaling --config=configs/base.py --topology=h100:1,h100:8    # JAX's plugin for CUDA
   python -m electra_jax.tools.scaling --config=configs/base.py --what=curves --topology=v5e,h100 --rows-per-chip=32
   python -m electra_jax.tools.scaling --config=configs/large.py --what=largest --topology=v5e:4x4,h100:8
 
@@ -8,7 +9,8 @@ Prints a line of JSON for each result, with --markdown a table. All figures are 
 
 `--what=compile` compiles the train step of `step.build` for each topology and reads from the program: bytes of
 arguments, temporaries and donated (aliased) state, the compiler's FLOPs and bytes of memory traffic, and the
-collectives, those inside loops times the loop's length.
+collectives, those inside loops times the loop's length; of GPUs also the number of kernels that a step launches.
+Without a plugin for CUDA, GPUs get the formula's result.
 
 Formulas. n chips on a mesh of data d, fsdp f, tensor t; B rows a step of L tokens; P parameters, P' a chip's share.
   compute_s    3 x forward matmul FLOPs (model.matmul_flops) x recompute / (n x peak x attainable); remat=full: 4/3
@@ -32,8 +34,6 @@ Peak: metrics.py. `attainable` (share of the peak in matrix products) is an assu
 import argparse
 import copy
 import dataclasses
-import importlib.metadata
-import importlib.util
 import itertools
 import json
 import math
@@ -54,7 +54,8 @@ import numpy as np
 from electra_jax import cli, model, sharding, step
 from electra_jax import config as config_lib
 from electra_jax.config import UserError, num_masked
-from electra_jax.tools.hlo import collectives, traffic
+from electra_jax.tools import targets
+from electra_jax.tools.hlo import collectives, kernels, traffic
 from electra_jax.tools.roofline import (
     CHIPS,
     GIB,
@@ -65,6 +66,7 @@ from electra_jax.tools.roofline import (
     levels,
     parse_topology,
     peak,
+    reach,
     roofline,
 )
 
@@ -83,27 +85,6 @@ _USABLE = 0.75
 # --- Compilation ------------------------------------------------------------------------------------
 
 
-def tpu_devices(topology: str) -> list:
-    """The devices of a TPU slice that need not exist; raises UserError where they cannot be made."""
-    _, shape = parse_topology(topology)
-    if importlib.util.find_spec("libtpu") is None:
-        wanted = [r for r in importlib.metadata.requires("jax") or () if r.startswith("libtpu")]
-        version = f" (the version for this jax: {wanted[0].partition(';')[0].strip()})" if wanted else ""
-        raise UserError(f"--topology={topology}: compiling for TPUs needs libtpu, which is not installed: "
-                        f"pip install libtpu{version}.")
-    # No TPU is looked for, neither by its metadata server nor by the variables that its machines have, and none is
-    # opened, so that another process with libtpu is in nobody's way.
-    os.environ.update(TPU_SKIP_MDS_QUERY="1", TPU_ACCELERATOR_TYPE="v5litepod-16", TPU_WORKER_HOSTNAMES="localhost",
-                      ALLOW_MULTIPLE_LIBTPU_LOAD="1")
-    from jax.experimental import topologies
-    options = {"chips_per_host_bounds": (1, 1, 1)} if math.prod(shape) == 1 else {}
-    try:
-        return list(topologies.get_topology_desc(topology, "tpu", **options).devices)
-    except Exception as error:    # libtpu's errors are of JAX's one type
-        raise UserError(f"--topology={topology} is refused by libtpu ({str(error).splitlines()[0]}): give a slice "
-                        "that exists.") from error
-
-
 def compile_step(config, devices: list, dump: str = "") -> dict:
     """Compiles the train step for a mesh of `devices` and returns what the program says of one chip.
 
@@ -117,9 +98,10 @@ def compile_step(config, devices: list, dump: str = "") -> dict:
     batch = dict.fromkeys(("input_ids", "token_type_ids", "piece_ids", "position_ids"), rows)
     lowered = program.train_step.lower(program.abstract_state, batch)
     start = time.perf_counter()
-    compiled = lowered.compile()
+    compiled = lowered.compile(targets.compiler_options(devices))
     compile_s = time.perf_counter() - start
-    memory, costs, hlo = compiled.memory_analysis(), compiled.cost_analysis() or {}, compiled.as_text()
+    memory, hlo = compiled.memory_analysis(), compiled.as_text()
+    costs = compiled.cost_analysis() or {}      # none from the GPU's compiler
     if dump:
         Path(dump).write_text(hlo, encoding="utf-8")
     leaves = jax.tree.leaves(program.abstract_state)
@@ -132,7 +114,7 @@ def compile_step(config, devices: list, dump: str = "") -> dict:
         "state_bytes": sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves),
         "state_aliased": hlo.splitlines()[0].count("-alias)") == len(leaves),
         "model_flops": program.flops_per_step / mesh.size, "compiler_flops": costs.get("flops"),
-        "compiler_traffic": costs.get("bytes accessed"), "hbm_traffic": traffic(hlo),
+        "compiler_traffic": costs.get("bytes accessed"), "hbm_traffic": traffic(hlo), "kernels": kernels(hlo),
         "collectives": collectives(hlo, mesh.size), "devices": list(mesh.devices.flat)}
 
 
@@ -279,21 +261,30 @@ def describe(config, name: str, shape: tuple[int, ...], chip: Chip, result: dict
 
 
 def compile_report(config, topology: str, attainable: float, dump: str = "") -> dict:
-    """Compiles for one topology and returns the printed result; what does not fit is a result with `fits` False."""
+    """Compiles for one topology and returns the printed result; what does not fit is a result with `fits` False.
+
+    For GPUs, where no plugin for CUDA is installed, the formula's result.
+    """
     name, shape = parse_topology(topology)
-    chip, devices = CHIPS[name], tpu_devices(topology)
+    chip, devices = CHIPS[name], targets.devices(topology)
+    if devices is None:
+        return {"what": "formula"} | describe(config, name, shape, chip, estimate(config, chip, shape, attainable),
+                                              attainable)
     try:
         result = compile_step(config, devices, dump and f"{dump}/{topology.replace(':', '_')}.hlo")
-    except jax.errors.JaxRuntimeError as error:
+    except RuntimeError as error:    # JAX's own are of a subclass
+        if "cuDNN not found" in str(error):
+            raise UserError(f"model.attention={config.model.attention}: compiling for {topology} needs cuDNN, which is "
+                            "not installed: pip install nvidia-cudnn-cu12.") from error
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         used = re.search(r"[^.:]*\([\d.]+\w\) exceeds available HBM \([\d.]+\w\)", str(error))
         return {"what": "compile", "topology": topology, "batch_size": config.data.batch_size, "fits": False,
                 "reason": used[0].strip() if used else str(error).splitlines()[0][:300]}
-    found, coords = result.pop("collectives"), [device.coords for device in result.pop("devices")]
+    found, devices = result.pop("collectives"), result.pop("devices")
     times, kinds = {True: 0.0, False: 0.0}, {}
     for c in found:
-        extents = [len({coords[i][axis] for i in c.group}) for axis in range(len(shape))]
+        extents = reach(chip, [devices[i] for i in c.group])
         seconds = c.times * collective_s(c.kind, c.payload, levels(chip, shape, extents))
         times[c.hidden] += seconds
         entry = kinds.setdefault(c.kind, {"count": 0, "mib": 0.0, "hidden_mib": 0.0, "ms": 0.0})
@@ -307,11 +298,12 @@ def compile_report(config, topology: str, attainable: float, dump: str = "") -> 
     # A program may compile whose arguments and temporaries do not fit together.
     fits = result["peak_bytes"] <= chip.hbm_bytes
     return {"what": "compile", "fits": fits} | describe(config, name, shape, chip, result, attainable) | {
+        **({} if chip.dimensions else {"kernels": result["kernels"]}),
         "remat": config.model.remat, "accumulation": config.optimizer.accumulation_steps,
         "state_aliased": result["state_aliased"], "compile_s": result["compile_s"],
         "model_gflops": round(result["model_flops"] / 1e9, 1),
-        "compiler_gflops": round((result["compiler_flops"] or 0) / 1e9, 1),     # a loop's body counted once
-        "compiler_traffic_gib": round((result["compiler_traffic"] or 0) / GIB, 2),
+        **({"compiler_gflops": round((result["compiler_flops"] or 0) / 1e9, 1),     # a loop's body counted once
+            "compiler_traffic_gib": round((result["compiler_traffic"] or 0) / GIB, 2)} if chip.dimensions else {}),
         "hbm_traffic_gib": round(result["hbm_traffic"] / GIB, 2),
         "collectives": {kind: {key: round(value, 3) for key, value in entry.items()} for kind, entry in kinds.items()},
         "largest_collectives": [f"{c.times} x {c.kind} {c.dtype} {c.payload / 2**20:.2f} MiB: {c.source[-80:]}"
@@ -320,7 +312,8 @@ def compile_report(config, topology: str, attainable: float, dump: str = "") -> 
 
 _COLUMNS = {
     "compile": ("topology", "mesh", "rows_per_chip", "peak_gib", "hbm_gib", "state_aliased", "collectives",
-                "compute_ms", "hbm_ms", "hidden_ms", "exposed_ms", "step_ms", "tokens_per_s_chip", "mfu", "compile_s"),
+                "kernels", "compute_ms", "hbm_ms", "hidden_ms", "exposed_ms", "step_ms", "tokens_per_s_chip", "mfu",
+                "compile_s"),
     "curves": ("what", "topology", "mesh", "rows_per_chip", "peak_gib", "hbm_gib", "compute_ms", "hbm_ms", "exposed_ms",
                "step_ms", "best_ms", "tokens_per_s_chip", "mfu"),
     "largest": ("topology", "layers", "hidden_size", "params", "mesh", "remat", "accumulation", "peak_gib", "hbm_gib",
@@ -361,18 +354,16 @@ def run(config, options) -> Iterator[dict]:
             c.data.batch_size = options.rows_per_chip * math.prod(shape)
         if options.what == "largest":
             yield largest(c, name, shape, options.attainable)
-        elif CHIPS[name].dimensions:
-            yield compile_report(c, topology, options.attainable, options.dump)
         else:
-            yield {"what": "formula"} | describe(c, name, shape, CHIPS[name], estimate(
-                c, CHIPS[name], shape, options.attainable), options.attainable)
+            yield compile_report(c, topology, options.attainable, options.dump)
 
 
 def main() -> int:
     """Reads this tool's own flags, leaves the rest to the config's, and prints the results."""
     parser = cli.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--what", choices=tuple(_COLUMNS), default="compile")
-    parser.add_argument("--topology", required=True, help="slices, such as v5e:4x4,v5p:2x2x4 (curves: chips, v5e,h100)")
+    parser.add_argument("--topology", required=True,
+                        help="slices, such as v5e:4x4,v5p:2x2x4,h100:8 (curves: chips, v5e,h100)")
     parser.add_argument("--rows-per-chip", type=int, default=0, help="sets data.batch_size by the number of chips")
     parser.add_argument("--attainable", type=float, default=0.5, help="share of the peak that matrix products reach")
     parser.add_argument("--dump", default="", help="folder for the text of the compiled programs")
