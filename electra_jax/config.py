@@ -45,6 +45,7 @@ def get_config() -> ml_collections.ConfigDict:
     m.attention = "xla"              # "xla", or flash attention, which needs attention_dropout 0: "cudnn" (NVIDIA GPU,
     #                                  bfloat16), "splash" (TPU, data.seq_len a multiple of 128)
     m.scan_layers = False            # compile one layer and loop over it: faster to compile, a little slower to run
+    m.scan_unroll = 1                # layers a turn of that loop; all of them on a GPU: no loop, and few, large updates
     m.remat = "none"                 # recompute in the backward pass: "none", "dots" (keep matmul results) or "full"
     m.dtype = "float32"              # of the computation, "bfloat16" on accelerators; parameters stay float32
 
@@ -173,6 +174,7 @@ _CHOICES = {
 
 # (smallest allowed, largest allowed) of numeric fields, both inclusive.
 _RANGES = {
+    "model.scan_unroll": (1, math.inf),
     "model.vocab_size": (0, math.inf), "model.embedding_size": (1, math.inf), "model.hidden_size": (1, math.inf),
     "model.num_layers": (1, math.inf), "model.num_heads": (1, math.inf), "model.intermediate_size": (1, math.inf),
     "model.max_positions": (1, math.inf), "model.type_vocab_size": (1, math.inf),

@@ -34,6 +34,7 @@ class Architecture:
     attention: str = "xla"
     packed: bool = True   # rows may hold several pieces; False: one each, padded on the right
     scan_layers: bool = False
+    scan_unroll: int = 1
     remat: str = "none"
     dtype: str = "float32"
 
@@ -112,7 +113,7 @@ gelu.defvjp(lambda x: (gelu(x), x), _gelu_backward)
 
 @jax.custom_vjp
 def made_once(x: Array) -> Array:
-    """Returns `x`, whose gradient the compiler then makes once, not in each of the kernels that read it."""
+    """Returns `x`; a barrier keeps the compiler from making its gradient anew in each of the kernels that read it."""
     return x
 
 

@@ -142,13 +142,15 @@ class Encoder(nn.Module):
         x_BLD = x_BLE
         if a.embedding_size != a.hidden_size:
             x_BLD = dense(a, a.hidden_size, "embeddings_project", nn.initializers.glorot_uniform())(x_BLE)
-        layer = Layer if a.remat == "none" else nn.remat(Layer, policy=_REMAT_POLICIES[a.remat],
-                                                        prevent_cse=not a.scan_layers)
+        # Between the turns of a loop nothing is recomputed by mistake; within one the compiler would undo it.
+        loops = a.scan_layers and a.scan_unroll == 1
+        layer = Layer if a.remat == "none" else nn.remat(Layer, policy=_REMAT_POLICIES[a.remat], prevent_cse=not loops)
         states = [x_BLD]
         if a.scan_layers:
             body = nn.scan(
                 lambda module, x, _: (y := module(x, piece_ids_BL, position_ids_BL), y if all_layers else None),
-                variable_axes={"params": 0}, split_rngs={"params": True, "dropout": True}, length=a.num_layers)
+                variable_axes={"params": 0}, split_rngs={"params": True, "dropout": True}, length=a.num_layers,
+                unroll=min(a.scan_unroll, a.num_layers))
             x_BLD, ys = body(layer(a, deterministic, name="layers"), x_BLD, None)
             states += list(ys) if all_layers else []
         else:

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from electra_jax.sharding import context_mesh
+
 Array = jax.Array
 
 # Vocabulary entries a chunk of the two-level sampler. About the root of 30,522, and one vector row of a TPU.
@@ -139,7 +141,10 @@ def replace(input_ids_BL: Array, selection: Selection, sampled_BM: Array, *, dis
 
 
 def mlm_loss(logits_BMV: Array, targets_BM: Array, weights_BM: Array) -> tuple[Array, Array, Array]:
-    """Cross-entropy of the selected slots in nats as (sum, weight), and bool [B, M]: the target scores highest."""
+    """Cross-entropy of the selected slots in nats as (sum, weight), and bool [B, M]: the target scores highest.
+
+    Targets lie in [0, V), in unused slots too.
+    """
     cross_entropy_BM, correct_BM = _cross_entropy(logits_BMV.astype(jnp.float32), targets_BM)
     return jnp.sum(cross_entropy_BM * weights_BM), jnp.sum(weights_BM), correct_BM
 
@@ -156,8 +161,13 @@ def _cross_entropy(logits_BMV: Array, targets_BM: Array) -> tuple[Array, Array]:
 
 def _cross_entropy_forward(logits_BMV, targets_BM):
     top_BM = jnp.max(logits_BMV, -1)
-    # By the sampler's chunks: the same sums, which the compiler makes once.
-    total_BM = jnp.sum(jnp.sum(_chunks(jnp.exp(logits_BMV - top_BM[..., None])), -1), -1)
+    weights = jnp.exp(logits_BMV - top_BM[..., None])
+    mesh = context_mesh()
+    if mesh is None or mesh.shape["tensor"] == 1:
+        # By the sampler's chunks: its sums, which the compiler then makes once. A vocabulary that is cut over devices
+        # would be gathered for that.
+        weights = jnp.sum(_chunks(weights), -1)
+    total_BM = jnp.sum(weights, -1)
     target_logit_BM = jnp.take_along_axis(logits_BMV, targets_BM[..., None], -1)[..., 0]
     log_total_BM = jnp.log(total_BM) + top_BM
     return (log_total_BM - target_logit_BM, target_logit_BM >= top_BM), (logits_BMV, targets_BM, log_total_BM)

@@ -92,13 +92,28 @@ def test_a_packed_piece_gets_the_logits_it_gets_alone(name):
                                     ARCHITECTURES["all_shared"]], ids=["default", "pre_norm_rotary", "all_shared"])
 def test_scanned_layers_compute_what_unrolled_ones_do(fields):
     c, module, params, batch = build(**fields)
-    c.model.scan_layers = True
-    scanned = model.build(c.model)
     stacked = model.stack_layers(params)
     jax.tree.map(np.testing.assert_array_equal, model.unstack_layers(stacked), params)
     positions = np.zeros((8, 4), int)
-    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5),
-                 run(module, params, batch, positions), run(scanned, stacked, batch, positions))
+    for turn in (1, 3):      # layers a turn, in networks of two or more
+        scanned = model.build(dict(c.model) | {"scan_layers": True, "scan_unroll": turn})
+        jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5),
+                     run(module, params, batch, positions), run(scanned, stacked, batch, positions))
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_a_loop_of_one_turn_is_no_loop(remat):
+    c, _, params, batch = build(model__remat=remat)
+    loops = {}
+    for turn in (1, c.model.num_layers):
+        module = model.build(dict(c.model) | {"scan_layers": True, "scan_unroll": turn})
+
+        def loss(params, module=module):
+            return sum(jnp.sum(x) for x in module.apply({"params": params}, *batch.values(), method="both"))
+
+        text = jax.jit(jax.grad(loss)).lower(model.stack_layers(params)).as_text()
+        loops[turn] = text.count("stablehlo.while")
+    assert loops[1] == 4 and loops[c.model.num_layers] == 0     # two networks, forward and backward
 
 
 def test_scanned_and_unrolled_models_start_from_the_same_numbers():

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 _BITS = {"pred": 8, "bf16": 16}
-_SHAPE = re.compile(r"\b(pred|bf16|[suf]\d+\w*)\[([\d,]*)\]")
+_ARRAY = re.compile(r"\b(pred|bf16|[suf]\d+\w*)\[([\d,]*)\](\{[^}]*\})?")
 _COLLECTIVE = re.compile(
     r" = (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(-start)?\(")
 _GROUPS = re.compile(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
@@ -50,8 +50,8 @@ def collectives(hlo: str, num_devices: int) -> list[Collective]:
                 group = _first_group(line, num_devices)
                 if len(group) < 2:
                     continue
-                sizes = {dtype: 0 for dtype, _ in _SHAPE.findall(result)}
-                for dtype, dims in _SHAPE.findall(result):
+                sizes = {dtype: 0 for dtype, _, _ in _ARRAY.findall(result)}
+                for dtype, dims, _ in _ARRAY.findall(result):
                     sizes[dtype] += math.prod(map(int, filter(None, dims.split(",")))) * _bits(dtype) // 8
                 payload = sum(sizes.values())
                 if start and kind in ("all-gather", "reduce-scatter"):    # a tuple of operands and results
@@ -149,7 +149,7 @@ def _first_group(line: str, num_devices: int) -> tuple[int, ...]:
         return tuple(_ints(match[1]))
     if match := re.search(r"source_target_pairs=\{(.*?)\}\}", line):    # a device may send to itself: nothing moves
         pairs = [tuple(_ints(pair)) for pair in re.findall(r"\{([\d,]+)", match[1])]
-        return next((pair for pair in pairs if pair[0] != pair[1]), pairs[0][:1])
+        return next((pair for pair in pairs if pair[0] != pair[1]), ())
     return tuple(range(num_devices))
 
 
@@ -162,9 +162,10 @@ _FREE = {"parameter", "tuple", "get-tuple-element", "bitcast", "constant", "whil
          "partition-id", "replica-id", "iota"}
 # Custom calls that do: libraries (__cublas$lt$matmul, __cudnn$fmhaSoftmax) and kernels. Others only mark something.
 _LIBRARY = re.compile(r'custom_call_target="(__|cu|tpu_custom_call)')
+# Collectives whose result names their operands as well.
+_TUPLES = {"all-gather-start", "reduce-scatter-start", "all-to-all-start", "collective-permute-start"}
 _COPIES = {"copy-start", "slice-start", "dynamic-slice-start", "dynamic-update-slice-start", "async-start"}
 _INSTRUCTION = re.compile(r"\s*(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*?)\)(?:,|$)")
-_ARRAY = re.compile(r"\b(pred|bf16|[suf]\d+\w*)\[([\d,]*)\](\{[^}]*\})?")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,6 +175,10 @@ class _Instruction:
     opcode: str
     operands: list[str]    # their names
     line: str
+
+    def count(self) -> int:
+        """Elements of the result's first array."""
+        return math.prod(_ints(match[2])) if (match := _ARRAY.search(self.result)) and match[2] else 1
 
     def sizes(self, hbm: bool = True) -> list[float]:
         """Bytes of each array of the result; 0 for scalars and, with `hbm`, for what lies outside of main memory."""
@@ -191,7 +196,8 @@ def traffic(hlo: str) -> float:
 
     Every instruction outside of fusions reads its operands and writes its result, unless they lie in a TPU's vector
     memory (S(1) in their layout). Of an operand that is only sliced or looked up in, what comes out counts; of one
-    that is updated in place, the update. The compiler's own figure ("bytes accessed") counts the body of a loop once.
+    that is updated in place, the update. Of a conditional all branches count. The compiler's own figure ("bytes
+    accessed") counts the body of a loop once.
     """
     bodies = _computations(hlo)
     total = 0.0
@@ -203,8 +209,7 @@ def traffic(hlo: str) -> float:
                 # What arrives in vector memory was read once; a copy within main memory writes as well.
                 moved = min(filter(None, i.sizes(hbm=False)), default=0.0)
                 total += count * moved * (1 if "S(" in i.result or i.opcode == "async-start" else 2)
-            elif i.opcode in ("all-gather-start", "reduce-scatter-start", "collective-permute-start"):
-                # The result is of operands and results.
+            elif i.opcode in _TUPLES:
                 total += count * hbm[i.name]
             else:
                 read, written = _parts(i, sizes, bodies)
@@ -239,7 +244,7 @@ def _outside_fusions(bodies: dict[str, list[str]], conditions: bool = True) -> I
         if " while(" in line:
             if not conditions and "known_trip_count" in line:
                 inner.add(re.search(r"condition=%([\w.\-]+)", line)[1])
-        elif " call(" not in line:
+        elif " call(" not in line and " conditional(" not in line:
             inner.update(_called(line))
     for name, count in _runs(bodies).items():
         if name not in inner:
@@ -251,10 +256,12 @@ def _parts(i: _Instruction, sizes: dict[str, float], bodies: dict[str, list[str]
     """Bytes that `i` reads of operands and writes of results, by place, where that may be less than the whole."""
     if i.opcode in ("slice", "dynamic-slice", "gather"):
         return {0: sizes[i.name]}, {}
-    if i.opcode in ("dynamic-update-slice", "scatter"):
-        # Not read, only overwritten; a scatter adds to what is there.
-        update = sizes.get(i.operands[1 if i.opcode == "dynamic-update-slice" else 2], 0.0)
-        return {0: update if i.opcode == "scatter" else 0.0}, {0: update}
+    if i.opcode == "dynamic-update-slice":    # not read, only overwritten
+        return {0: 0.0}, {0: sizes.get(i.operands[1], 0.0)}
+    if i.opcode == "scatter":    # adds to what is there: n arrays, the places, n updates
+        n = len(i.operands) // 2
+        updates = {k: sizes.get(i.operands[n + 1 + k], 0.0) for k in range(n)}
+        return updates, updates
     if i.opcode == "fusion":
         return _fused_parts(_parse(bodies.get(_called(i.line)[0], [])), bodies)
     return {}, {}
@@ -276,17 +283,24 @@ def _fused_parts(body: list[_Instruction], bodies: dict[str, list[str]]) -> tupl
     parameters = {i.name: int(re.search(r"parameter\((\d+)\)", i.line)[1]) for i in body if i.opcode == "parameter"}
     root = next((i for i in body if i.line.lstrip().startswith("ROOT ")), None)
     outputs = [source(name) for name in (root.operands if root.opcode == "tuple" else [root.name])] if root else []
-    read: dict[int, float] = dict.fromkeys(parameters.values(), 0.0)
     written = {}
-    for i in body:
-        if (i.opcode in ("parameter", "tuple") or passes(i)) and i is not root:
-            continue
+    counts = {i.name: i.count() for i in body}
+    needed: dict[str, float] = {}    # bytes of each result that the instructions behind it look at
+    for i in reversed(body):
+        size = sizes[i.name]
+        share = 1.0 if i is root else min(1.0, needed.get(i.name, 0.0) / size) if size else 0.0
         parts, update = _parts(i, sizes, bodies)
         in_place = update and i.name in outputs and source(i.operands[0]) in parameters
         if in_place and i.opcode != "fusion":
             written[outputs.index(i.name)] = update[0]
         for k, operand in enumerate(i.operands):
-            if (at := parameters.get(source(operand))) is not None:
-                whole = update and k == 0 and not in_place    # a copy, updated
-                read[at] += math.inf if whole else parts.get(k, math.inf)
-    return {k: size for k, size in read.items() if size < math.inf}, written
+            if update and k == 0 and not in_place:    # a copy, updated
+                part = sizes.get(operand, 0.0)
+            elif k in parts:
+                part = parts[k] * (1.0 if update else share)
+            elif i.opcode == "pad":
+                part = min(sizes.get(operand, 0.0), share * size)
+            else:    # numbers made of one number each; of anything else, all is needed
+                part = sizes.get(operand, 0.0) * (share if i.count() == counts.get(operand) else 1.0)
+            needed[operand] = needed.get(operand, 0.0) + part
+    return {k: needed.get(name, 0.0) for name, k in parameters.items()}, written

@@ -74,11 +74,11 @@ from electra_jax.tools.roofline import (
 VOCAB_SIZE = 30_522
 
 # Bytes of the formulas below, for the attention of plain XLA in bfloat16 with dropout. Fitted to ten programs of small,
-# base, large and two larger models compiled for v5e and v5p, of whose memory they give 0.75 to 1.09, of whose traffic
-# 0.7 to 1.2; a change of the step moves them. Kept for the backward pass: by feed-forward width and L x L probability
+# base, large and two larger models compiled for v5e and v5p, of whose memory they give 0.73 to 1.14, of whose traffic
+# 0.58 to 1.22; a change of the step moves them. Kept for the backward pass: by feed-forward width and L x L probability
 # a token and layer, and by logit. Traffic: by parameter, width, and probability.
-_KEPT_F, _KEPT_S, _KEPT_V = 1.1, 10.9, 25.0
-_TRAFFIC_STATE, _TRAFFIC_D, _TRAFFIC_S = 28.0, 90.0, 80.0
+_KEPT_F, _KEPT_S, _KEPT_V = 4.0, 4.1, 30.0
+_TRAFFIC_STATE, _TRAFFIC_D, _TRAFFIC_S = 28.0, 82.0, 60.0
 # Share of a chip's memory up to which `largest` trusts the formula.
 _USABLE = 0.75
 
@@ -275,7 +275,7 @@ def compile_report(config, topology: str, attainable: float, dump: str = "") -> 
     except RuntimeError as error:    # JAX's own are of a subclass
         if "cuDNN not found" in str(error):
             raise UserError(f"model.attention={config.model.attention}: compiling for {topology} needs cuDNN, which is "
-                            "not installed: pip install nvidia-cudnn-cu12.") from error
+                            "not installed: pip install nvidia-cudnn-cu12, or -cu13 for that plugin.") from error
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         used = re.search(r"[^.:]*\([\d.]+\w\) exceeds available HBM \([\d.]+\w\)", str(error))
@@ -311,7 +311,7 @@ def compile_report(config, topology: str, attainable: float, dump: str = "") -> 
 
 
 _COLUMNS = {
-    "compile": ("topology", "mesh", "rows_per_chip", "peak_gib", "hbm_gib", "state_aliased", "collectives",
+    "compile": ("what", "topology", "mesh", "rows_per_chip", "peak_gib", "hbm_gib", "state_aliased", "collectives",
                 "kernels", "compute_ms", "hbm_ms", "hidden_ms", "exposed_ms", "step_ms", "tokens_per_s_chip", "mfu",
                 "compile_s"),
     "curves": ("what", "topology", "mesh", "rows_per_chip", "peak_gib", "hbm_gib", "compute_ms", "hbm_ms", "exposed_ms",

@@ -41,11 +41,13 @@ def compiler_options(devices: list) -> dict[str, bool | int]:
 def devices(topology: str) -> list | None:
     """The devices of a topology; None for GPUs where no plugin for CUDA is installed.
 
-    Raises UserError for TPUs without libtpu and for a topology that its compiler refuses.
+    Raises UserError for TPUs without libtpu, for part of a node of GPUs, and for what the compiler refuses.
     """
     name, shape = parse_topology(topology)
     if CHIPS[name].dimensions:
         return _tpus(topology, shape)
+    if shape[0] > 8 and shape[0] % 8:
+        raise UserError(f"--topology={topology}: nodes have eight GPUs, give a multiple of eight or fewer than that.")
     return _gpus(topology, name, shape[0]) if has_cuda() else None
 
 
@@ -71,12 +73,11 @@ def has_cuda() -> bool:
 
 
 def _gpus(topology: str, name: str, chips: int) -> list:
-    if chips > 8 and chips % 8:
-        raise UserError(f"--topology={topology}: nodes have eight GPUs, give a multiple of eight or fewer than that.")
     # Before the plugin is loaded, which else wants all of CUDA's libraries and asks a driver for their versions.
     os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
     nodes = -(-chips // 8)
-    return _described(topology, "JAX's plugin for CUDA", "install the version for this jax: pip install 'jax[cuda12]'",
+    return _described(topology, "JAX's plugin for CUDA", "give fewer GPUs, or install the plugin's "
+                      "version for this jax: pip install 'jax[cuda12]' or 'jax[cuda13]'",
                       platform="cuda", topology=f"1x{nodes}x{chips // nodes}",
                       target_config=_target(CHIPS[name], _GPUS[name]))
 
@@ -105,5 +106,5 @@ def _described(topology: str, compiler: str, remedy: str, /, **options) -> list:
     try:
         return list(topologies.get_topology_desc(**options).devices)
     except Exception as error:    # the compilers' errors are of JAX's one type
-        raise UserError(f"--topology={topology} is refused by {compiler} ({str(error).splitlines()[0]}): "
+        raise UserError(f"--topology={topology} is refused by {compiler} ({str(error).partition(chr(10))[0]}): "
                         f"{remedy}.") from error
