@@ -124,6 +124,7 @@ gpu_row() {
     label="$section dropout $dropout" bench --config="${CONFIG:-configs/$size.py}" --batches="${batches// /,}" \
       --config.data.seq_len="$length" --config.model.dtype=bfloat16 --config.model.attention="$attention" \
       --config.model.hidden_dropout="$dropout" --config.model.attention_dropout="$dropout" \
+      --config.model.scan_layers=True --config.model.scan_unroll=24 \
       ${against[@]+"${against[@]}"}
   done
 }

@@ -4,12 +4,11 @@ All randomness comes in as explicit arrays of uniforms (`draw_noise`), so that a
 same arrays must agree exactly. Letters as in model.py; M is the number of slots for selected positions.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-
-from electra_jax.sharding import context_mesh
 
 Array = jax.Array
 
@@ -140,40 +139,38 @@ def replace(input_ids_BL: Array, selection: Selection, sampled_BM: Array, *, dis
     return replaced_ids_BL, (replaced_ids_BL != input_ids_BL).astype(jnp.int32)
 
 
-def mlm_loss(logits_BMV: Array, targets_BM: Array, weights_BM: Array) -> tuple[Array, Array, Array]:
+def mlm_loss(logits_BMV: Array, targets_BM: Array, weights_BM: Array, *, by_chunks: bool = True
+             ) -> tuple[Array, Array, Array]:
     """Cross-entropy of the selected slots in nats as (sum, weight), and bool [B, M]: the target scores highest.
 
-    Targets lie in [0, V), in unused slots too.
+    Targets lie in [0, V), in unused slots too. `by_chunks` sums over the sampler's chunks, whose sums the compiler then
+    makes once for both; logits whose vocabulary is cut over devices would be gathered for that.
     """
-    cross_entropy_BM, correct_BM = _cross_entropy(logits_BMV.astype(jnp.float32), targets_BM)
+    cross_entropy_BM, correct_BM = _cross_entropy(logits_BMV.astype(jnp.float32), targets_BM, by_chunks)
     return jnp.sum(cross_entropy_BM * weights_BM), jnp.sum(weights_BM), correct_BM
 
 
-@jax.custom_vjp
-def _cross_entropy(logits_BMV: Array, targets_BM: Array) -> tuple[Array, Array]:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _cross_entropy(logits_BMV: Array, targets_BM: Array, by_chunks: bool) -> tuple[Array, Array]:
     """-log softmax(logits)[target] in nats and whether the target scores highest, [B, M] each.
 
     The logits are the largest array of a step: they are read once for the maximum, once for the sum, and once for the
     gradient softmax(logits) - one_hot(target), which a comparison makes, not a scatter.
     """
-    return _cross_entropy_forward(logits_BMV, targets_BM)[0]
+    return _cross_entropy_forward(logits_BMV, targets_BM, by_chunks)[0]
 
 
-def _cross_entropy_forward(logits_BMV, targets_BM):
+def _cross_entropy_forward(logits_BMV, targets_BM, by_chunks):
     top_BM = jnp.max(logits_BMV, -1)
     weights = jnp.exp(logits_BMV - top_BM[..., None])
-    mesh = context_mesh()
-    if mesh is None or mesh.shape["tensor"] == 1:
-        # By the sampler's chunks: its sums, which the compiler then makes once. A vocabulary that is cut over devices
-        # would be gathered for that.
-        weights = jnp.sum(_chunks(weights), -1)
-    total_BM = jnp.sum(weights, -1)
+    total_BM = jnp.sum(jnp.sum(_chunks(weights), -1) if by_chunks else weights, -1)
     target_logit_BM = jnp.take_along_axis(logits_BMV, targets_BM[..., None], -1)[..., 0]
     log_total_BM = jnp.log(total_BM) + top_BM
     return (log_total_BM - target_logit_BM, target_logit_BM >= top_BM), (logits_BMV, targets_BM, log_total_BM)
 
 
-def _cross_entropy_backward(kept, cotangents):
+def _cross_entropy_backward(by_chunks, kept, cotangents):
+    del by_chunks
     logits_BMV, targets_BM, log_total_BM = kept
     at_target = jnp.arange(logits_BMV.shape[-1]) == targets_BM[..., None]
     gradient = jnp.exp(logits_BMV - log_total_BM[..., None]) - at_target

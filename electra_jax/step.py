@@ -168,10 +168,12 @@ class Objective:
     def _predict(self, head_params, states_BMD: Array, slots: dict[str, Array]):
         """The loss over slots, (sums for the metrics, sampled ids [B, M])."""
         logits_BMV = self._real(self._logits({"params": head_params}, states_BMD))
-        total, weight, correct_BM = objectives.mlm_loss(logits_BMV, slots["targets"], slots["weights"])
+        mesh = sharding.context_mesh()
+        loss = functools.partial(objectives.mlm_loss, by_chunks=mesh is None or mesh.shape["tensor"] == 1)
+        total, weight, correct_BM = loss(logits_BMV, slots["targets"], slots["weights"])
         # What a selected but visible token adds is copying, no test of the network: apart, for the metrics.
         shown_BM = slots["shown"].astype(jnp.float32)
-        shown_total, shown, _ = objectives.mlm_loss(logits_BMV, slots["targets"], shown_BM)
+        shown_total, shown, _ = loss(logits_BMV, slots["targets"], shown_BM)
         sums = {"mlm_weight": weight, "mlm_correct": jnp.sum(correct_BM * shown_BM),
                 "mlm_shown_loss": shown_total, "mlm_shown": shown}
         return total, (sums, slots["targets"] if self.is_mlm else self._sample(logits_BMV, slots))

@@ -42,7 +42,8 @@ ALLOWED = {
     "tools.measure.saving": {"checkpoint", "runtime", "sharding", "step", "tools.measure.report"},
     "tools.measure.startup": {"cli", "tools.measure.report"},
     "tools.hlo": set(), "tools.roofline": {"metrics"},
-    "tools.scaling": {"cli", "model", "sharding", "step", "tools.hlo", "tools.roofline"},
+    "tools.targets": {"tools.roofline"},
+    "tools.scaling": {"cli", "model", "sharding", "step", "tools.hlo", "tools.roofline", "tools.targets"},
     "tools.measure.finetuning": {"metrics", "model", "runtime", "sharding", "data.loader", "tuning.batches",
                                  "tuning.run", "tools.measure.report"},
 }

@@ -295,11 +295,12 @@ def test_losses_are_the_oracles():
             oracle.joint_loss(expected, oracle.rtd_loss(logits, labels, pieces)), rtol=1e-5)
 
 
-def test_the_gradient_of_mlm_is_softmax_minus_target():
+@pytest.mark.parametrize("by_chunks", [True, False])
+def test_the_gradient_of_mlm_is_softmax_minus_target(by_chunks):
     rng = np.random.default_rng(0)
     logits = rng.normal(0, 5, (4, 6, VOCAB)).astype(np.float32)
     targets, weights = rng.integers(0, VOCAB, (4, 6)), (rng.random((4, 6)) < 0.7).astype(np.float32)
-    gradient = jax.grad(lambda x: 3 * objectives.mlm_loss(x, targets, weights)[0])(logits)
+    gradient = jax.grad(lambda x: 3 * objectives.mlm_loss(x, targets, weights, by_chunks=by_chunks)[0])(logits)
     softmax = np.exp(logits.astype(np.float64) - logits.max(-1, keepdims=True))
     exact = softmax / softmax.sum(-1, keepdims=True) - np.eye(VOCAB)[targets]
     np.testing.assert_allclose(gradient, 3 * exact * weights[..., None], rtol=0, atol=2e-6)

@@ -285,6 +285,30 @@ def test_a_copy_into_vector_memory_reads_and_one_within_main_memory_writes_too(c
     assert hlo.traffic(fused(idle, "%table", "f32[8]{0}", f"  %c = {copy}\n")) - without == expected
 
 
+def test_branches_of_a_conditional_scatters_of_two_arrays_and_started_exchanges_are_counted():
+    idle = PARAMETERS + "  ROOT %out = f32[8]{0} slice(%t)"
+    branch = """
+}
+
+%branch (b: f32[5,8]) -> f32[5,8] {
+  %b = f32[5,8]{1,0} parameter(0)
+  ROOT %n = f32[5,8]{1,0} negate(%b)"""
+    program = fused(idle, "%table", "f32[8]{0}", "  %c = f32[5,8]{1,0} conditional(%ids, %rows), "
+                    "branch_computations={%branch}\n").replace("\n}\n\nENTRY", branch + "\n}\n\nENTRY", 1)
+    without = hlo.traffic(fused(idle, "%table", "f32[8]{0}"))
+    assert hlo.traffic(program) - without == 2 * ROWS
+    both = "  %s = (f32[1000,8]{1,0}, f32[1000,8]{1,0}) scatter(%table, %table, %ids, %rows, %rows), to_apply=%add\n"
+    assert hlo.traffic(fused(idle, "%table", "f32[8]{0}", both)) - without == IDS + 6 * ROWS
+    exchange = "  %s = (f32[5,8]{1,0}, f32[5,8]{1,0}) all-to-all-start(%rows), replica_groups={}\n"
+    assert hlo.traffic(fused(idle, "%table", "f32[8]{0}", exchange)) - without == 2 * ROWS
+
+
+def test_devices_that_send_to_themselves_or_to_none_move_nothing():
+    for pairs in ("{{0,0},{1,1}}", "{}, metadata={op_name={{x}}}"):
+        line = PROGRAM.replace("source_target_pairs={{0,1},{1,0}}", f"source_target_pairs={pairs}")
+        assert "collective-permute" not in {c.kind for c in hlo.collectives(line, 8)}
+
+
 def test_what_is_called_runs_once():
     called = PROGRAM.replace("while(%x), condition=%condition, body=%body", "call(%x), to_apply=%body")
     assert hlo.kernels(called) == 3 + 3 and {c.times for c in hlo.collectives(called, 8)} == {1}
