@@ -73,8 +73,13 @@ def _plain(q_BLHK, k_BLHK, v_BLHK, piece_ids_BL, keep_BHLL, scale):
     if keep_BHLL is not None:
         # The barrier makes the compiler keep this array; left alone it keeps the scores and makes it again.
         probs_BHLL = jax.lax.optimization_barrier(jnp.where(keep_BHLL, probs_BHLL, -probs_BHLL))
-    out_BHLK = jnp.einsum("bhlm,bhmk->bhlk", jnp.maximum(probs_BHLL, 0), v_BHLK)
+    out_BHLK = jnp.einsum("bhlm,bhmk->bhlk", _kept(probs_BHLL, scale), v_BHLK)
     return out_BHLK.swapaxes(1, 2), (q_BHLK, k_BHLK, v_BHLK, probs_BHLL, out_BHLK)
+
+
+def _kept(probs_BHLL, scale):
+    """The probabilities without the dropped ones; with a factor of 1 there are none, and nothing to do."""
+    return probs_BHLL if scale == 1 else jnp.maximum(probs_BHLL, 0)
 
 
 def _plain_backward(scale, kept, g_BLHK):
@@ -82,12 +87,13 @@ def _plain_backward(scale, kept, g_BLHK):
     g_BHLK = g_BLHK.swapaxes(1, 2)
     row_sums_BHL = jnp.einsum("bhlk,bhlk->bhl", g_BHLK, out_BHLK, preferred_element_type=jnp.float32) / scale
     g_probs_BHLL = jnp.einsum("bhlk,bhmk->bhlm", g_BHLK, v_BHLK, preferred_element_type=jnp.float32)
-    g_probs_BHLL = jnp.where(probs_BHLL > 0, g_probs_BHLL, 0.0)
+    if scale != 1:
+        g_probs_BHLL = jnp.where(probs_BHLL > 0, g_probs_BHLL, 0.0)
     g_scores_BHLL = jnp.abs(probs_BHLL) * (g_probs_BHLL - row_sums_BHL[..., None]) * q_BHLK.shape[-1]**-0.5
     g_scores_BHLL = g_scores_BHLL.astype(probs_BHLL.dtype)
     g_q = jnp.einsum("bhlm,bhmk->bhlk", g_scores_BHLL, k_BHLK)
     g_k = jnp.einsum("bhlm,bhlk->bhmk", g_scores_BHLL, q_BHLK)
-    g_v = jnp.einsum("bhlm,bhlk->bhmk", jnp.maximum(probs_BHLL, 0), g_BHLK)
+    g_v = jnp.einsum("bhlm,bhlk->bhmk", _kept(probs_BHLL, scale), g_BHLK)
     return *(g.swapaxes(1, 2) for g in (g_q, g_k, g_v)), None, None
 
 
