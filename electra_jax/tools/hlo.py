@@ -268,7 +268,7 @@ def _parts(i: _Instruction, sizes: dict[str, float], bodies: dict[str, list[str]
 
 
 def _fused_parts(body: list[_Instruction], bodies: dict[str, list[str]]) -> tuple[dict[int, float], dict[int, float]]:
-    """`_parts` of a fusion: its parameters that are only sliced or updated in place, and what of its results is."""
+    """`_parts` of a fusion: what is needed of each parameter, and what is written of results updated in place."""
     named = {i.name: i for i in body}
     sizes = {i.name: sum(i.sizes(hbm=False)) for i in body}
 
