@@ -2,10 +2,12 @@
 # Runs the benchmarks behind docs/performance.md and prints tables. Run it from the repository's root.
 usage() {
   cat <<'END'
-usage: [NAME=VALUE ...] benchmarks/run.sh cpu|gpu [SECTION ...]
+usage: [NAME=VALUE ...] benchmarks/run.sh cpu|gpu|paper [SECTION ...]
 
-  cpu sections  step tiny quickstart data loader checkpoint startup sampler attention finetune
-  gpu sections  small128 small512 base128 base512 large512 sampler attention     (none named: all)
+  cpu sections    step tiny quickstart data loader checkpoint startup sampler attention finetune
+  gpu sections    attention small128 small512 base128 base512 large512 sampler     (none named: all)
+  paper sections  v5e programs largest curves h100: compiled ahead of time or by formula, on no device, nothing timed;
+                  curves excepted they want libtpu, h100 JAX's plugin for CUDA and cuDNN (docs/performance.md)
 
   RESULTS=results.jsonl  file that lines of JSON are appended to     TEXT='text:DIR/*.txt.xz'  a data.source
   WORK=bench-work        folder for token stores and workdirs        VOCAB=vocab.txt           WordPiece vocabulary
@@ -13,13 +15,13 @@ usage: [NAME=VALUE ...] benchmarks/run.sh cpu|gpu [SECTION ...]
   PYTHON=python          for ours                                    PRETRAINED=DIR            workdir to fine-tune
   PEER_PYTHON=$PYTHON    for peers, with torch and transformers      ROUNDS=3                  turns with a peer
   STEPS=0                repetitions, 0: as usual                    EXTRA='--config.a.b=C'    overrides for all
-  BATCHES='8 16 32'      instead of a gpu section's own
+  BATCHES='8 16 32'      instead of a gpu section's own              ATTENTION='flash cudnn'   with dropout, without
   SMALL, QUICKSTART, FINETUNE: configs in place of configs/small.py, configs/quickstart.py, configs/finetune/glue.py:sst2
 END
 }
 
 set -uo pipefail
-[[ "${1:-}" == cpu || "${1:-}" == gpu ]] || { usage >&2; exit 2; }
+[[ "${1:-}" == cpu || "${1:-}" == gpu || "${1:-}" == paper ]] || { usage >&2; exit 2; }
 device=$1; shift
 RESULTS=${RESULTS:-results.jsonl} WORK=${WORK:-bench-work} PYTHON=${PYTHON:-python} ROUNDS=${ROUNDS:-3} STEPS=${STEPS:-0}
 PEER_PYTHON=${PEER_PYTHON:-$PYTHON} PEER=${PEER:-} TEXT=${TEXT:-} VOCAB=${VOCAB:-} TASKS=${TASKS:-} EXTRA=${EXTRA:-}
@@ -41,6 +43,14 @@ bench() {
   echo "$label: bench $*" >&2
   # shellcheck disable=SC2086  # EXTRA holds several words
   ${PREFIX:-} "$PYTHON" -m electra_jax.tools.bench --label="$label" --steps="$STEPS" --rounds="$ROUNDS" "$@" $EXTRA |
+    tee -a "$RESULTS" || { echo "$label: failed" >&2; failed=1; }
+}
+
+# scaling ARGUMENTS: one call of the tool that compiles ahead of time, under the section's label.
+scaling() {
+  echo "$label: scaling $*" >&2
+  # shellcheck disable=SC2086
+  "$PYTHON" -m electra_jax.tools.scaling --label="$label" "$@" $EXTRA |
     tee -a "$RESULTS" || { echo "$label: failed" >&2; failed=1; }
 }
 
@@ -118,8 +128,8 @@ cpu_finetune() {
 gpu_row() {
   local size=$1 length=$2 dropout attention batches=${BATCHES:-$3}
   for dropout in 0.1 0; do
-    attention=xla
-    [[ $dropout != 0 ]] || attention=${ATTENTION:-cudnn}
+    attention=${ATTENTION:-flash cudnn}
+    [[ $dropout != 0 ]] && attention=${attention% *} || attention=${attention#* }
     peers --size "$size" --seq "$length" --device cuda --bf16 --dropout "$dropout" --batch "{batch}"
     label="$section dropout $dropout" bench --config="${CONFIG:-configs/$size.py}" --batches="${batches// /,}" \
       --config.data.seq_len="$length" --config.model.dtype=bfloat16 --config.model.attention="$attention" \
@@ -148,9 +158,72 @@ gpu_attention() {
   done
 }
 
+# on_v5e CONFIG ARGUMENTS: configs/CONFIG.py with a loop over its layers, at 16 rows a chip if nothing else is said.
+on_v5e() {
+  scaling --config="configs/$1.py" --rows-per-chip=16 --config.model.dtype=bfloat16 --config.model.scan_layers=True \
+    "${@:2}"
+}
+
+paper_v5e() { on_v5e base --topology=v5e:1x1,v5e:2x2,v5e:4x4,v5e:8x8,v5e:16x16; }
+
+paper_programs() {   # on 16 chips, to be read beside v5e's program for as many
+  local chips=--topology=v5e:4x4
+  on_v5e base $chips --config.mesh.fsdp=16
+  on_v5e base $chips --config.model.attention=splash --config.model.attention_dropout=0
+  on_v5e base $chips --config.mesh.tensor=4
+  on_v5e base $chips --rows-per-chip=64 --config.optimizer.accumulation_steps=4
+  on_v5e small $chips --rows-per-chip=128
+  on_v5e large $chips
+  on_v5e base --topology=v5p:2x2x4 --rows-per-chip=64
+}
+
+# sized LAYERS WIDTH REMAT MICROBATCHES FSDP ARGUMENTS: a model of ELECTRA's proportions, 1,024 rows a step.
+sized() {
+  on_v5e base --rows-per-chip=0 --config.data.batch_size=1024 --config.model.num_layers="$1" \
+    --config.model.hidden_size="$2" --config.model.embedding_size="$2" --config.model.intermediate_size=$((4 * $2)) \
+    --config.model.num_heads=$(($2 / 64)) --config.model.generator_size=0.25 --config.model.remat="$3" \
+    --config.optimizer.accumulation_steps="$4" --config.mesh.fsdp="$5" "${@:6}"
+}
+
+paper_largest() {   # by formula; then what it found for 1 and 16 chips, and the next larger, compiled
+  scaling --what=largest --config=configs/base.py --config.data.batch_size=1024 \
+    --topology=v5e:1x1,v5e:2x2,v5e:4x4,v5e:16x16,h100:8
+  sized 24 1024 dots 64 1 --topology=v5e:1x1
+  sized 24 1536 full 1024 1 --topology=v5e:1x1
+  sized 36 3072 full 4 16 --topology=v5e:4x4
+  sized 48 4096 full 8 16 --topology=v5e:4x4
+}
+
+paper_curves() { scaling --what=curves --config=configs/base.py --topology=v5e,h100; }
+
+# on_h100 SIZE ROWS LENGTH ARGUMENTS: one program for one GPU, its layers unrolled if nothing else is said.
+on_h100() {
+  scaling --config="configs/$1.py" --topology=h100:1 --rows-per-chip="$2" --config.data.seq_len="$3" \
+    --config.model.dtype=bfloat16 --config.model.scan_layers=False --config.model.remat=none "${@:4}"
+}
+
+paper_h100() {
+  # Without the plugin the tool gives the formula's figures: not what this section is for.
+  "$PYTHON" -c "import sys; from electra_jax.tools import targets; sys.exit(not targets.has_cuda())" ||
+    { echo "$section: skipped, JAX's plugin for CUDA is not installed" >&2; failed=1; return; }
+  local fused=(--config.model.attention=cudnn --config.model.attention_dropout=0 --config.model.hidden_dropout=0)
+  local stacked=(--config.model.scan_layers=True --config.model.scan_unroll=12) size
+  for size in "small 128 128" "small 32 512" "base 128 128" "base 32 512" "large 16 512"; do
+    # shellcheck disable=SC2086  # three words
+    for attention in "" "--config.model.attention=flash" "${fused[*]}"; do on_h100 $size $attention; done
+  done
+  for size in "small 128 128" "base 32 512"; do
+    # shellcheck disable=SC2086
+    on_h100 $size --config.model.attention=flash "${stacked[@]}"
+  done
+  on_h100 base 32 512 --config.model.attention=flash --config.model.scan_layers=True
+}
+
 all_cpu="step tiny quickstart data loader checkpoint startup sampler attention finetune"
-all_gpu="small128 small512 base128 base512 large512 sampler attention"
-sections=${*:-$([[ $device == cpu ]] && echo "$all_cpu" || echo "$all_gpu")}
+all_gpu="attention small128 small512 base128 base512 large512 sampler"
+all_paper="v5e programs largest curves h100"
+all=all_$device
+sections=${*:-${!all}}
 for section in $sections; do
   declare -F "${device}_$section" >/dev/null || { echo "no section $section for $device" >&2; usage >&2; exit 2; }
 done

@@ -46,6 +46,20 @@ _COLUMNS = {
     "run": [("steps", "steps", "d"), ("command to end, s", "seconds", ",.1f"),
             ("waited for data", "data_wait", ".1%")],
 }
+_MODEL = [("chips", "topology", ""), ("layers", "layers", "d"), ("width", "hidden_size", "d"),
+          ("rows a chip", "rows_per_chip", ",g"), ("length", "seq_len", "d"), ("mesh", "mesh", "dict")]
+_TIMES = [("products, ms", "compute_ms", ",.1f"), ("traffic, ms", "hbm_ms", ",.1f"),
+          ("hidden, ms", "hidden_ms", ",.1f"), ("exposed, ms", "exposed_ms", ",.1f"),
+          ("step, ms", "step_ms", ",.1f"), ("tokens/s a chip", "tokens_per_s_chip", ",d"), ("MFU", "mfu", ".1%")]
+_LOOPS = [("remat", "remat", ""), ("microbatches", "accumulation", "d")]
+_COLUMNS |= {
+    "compile": [*_MODEL, ("attention", "attention", ""), ("dropout", "attention_dropout", ""),
+                ("layers a turn", "scan_unroll", "d"), *_LOOPS, ("fits", "fits", ""), ("peak, GiB", "peak_gib", ".2f"),
+                ("state, GiB", "state_gib", ".2f"), ("kernels", "kernels", ",d"),
+                ("collectives", "collectives", "dict"), *_TIMES,
+                ("compile, s", "compile_s", ".1f"), ("jax", "jax", ""), ("", "reason", "")],
+    "largest": [*_MODEL, ("parameters", "params", ",d"), *_LOOPS, ("peak, GiB", "peak_gib", ".2f"), *_TIMES]}
+_COLUMNS["weak"] = _COLUMNS["strong"] = [*_MODEL, ("peak, GiB", "peak_gib", ".2f"), *_TIMES]
 _COLUMNS["best"] = [*_COLUMNS["step"][:2], ("program", "who", ""), *_COLUMNS["step"][2:]]
 _COLUMNS["evaluate"] = _COLUMNS["finetune"]
 _COLUMNS["sweep"] = [("program", "who", ""), *_SIZES, ("tokens/s", "tokens_per_s", ",.0f"), ("MFU", "mfu", ".1%"),
@@ -66,6 +80,9 @@ def cell(line: dict, field: str, form: str) -> str:
     if form == "rounds":
         each = line[f"{field}_rounds"]
         return f"{value:,.5g} ({min(each):,.5g} to {max(each):,.5g})"
+    if form == "dict":    # a mesh's axes, or collectives by kind
+        return ", ".join(f"{k} {v['count']:,} x, {v['mib']:,.0f} MiB" if isinstance(v, dict) else f"{k} {v}"
+                         for k, v in value.items())
     if form == "list":
         return ", ".join(map(str, value))
     if form:

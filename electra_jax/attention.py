@@ -5,6 +5,7 @@ those with its own number, padding (number 0) sees padding.
 """
 
 import functools
+from collections.abc import Iterable
 
 import flax.linen as nn
 import jax
@@ -16,23 +17,27 @@ from electra_jax.layers import Architecture, Array, Dropout, add_bias, dense, ma
 from electra_jax.sharding import BATCH_AXES, context_mesh
 
 # What runs where; "xla" runs everywhere.
-PLATFORMS = {"cudnn": ("gpu", "cuda"), "splash": ("tpu",)}
+PLATFORMS = {"cudnn": ("gpu", "cuda"), "flash": ("gpu", "cuda"), "splash": ("tpu",)}
 
-# The kernel's unit of length, one vector row of a TPU.
-_SPLASH_BLOCK = 128
-# Tests set it, to run the TPU's kernel on a CPU.
+# The kernels' unit of length: one vector row of a TPU, the least tile of a GPU's matrix units.
+_BLOCK = {"splash": 128, "flash": 16}
+# Tests set it, to run the kernels on a CPU.
 INTERPRET = False
 
 
-def check(name: str, seq_len: int, mesh: Mesh) -> None:
-    """Raises UserError when the implementation does not run on the mesh's devices or with the length."""
+def check(name: str, seq_len: int, mesh: Mesh, head_sizes: Iterable[int] = ()) -> None:
+    """Raises UserError when the implementation does not run on the mesh's devices, with the length or the heads."""
     platform = mesh.devices.flat[0].platform
     if name in PLATFORMS and platform not in PLATFORMS[name] and not INTERPRET:
         raise UserError(f"model.attention={name} runs on {PLATFORMS[name][0].upper()}s, but the devices are "
                         f"{platform.upper()}s: set model.attention=xla.")
-    if name == "splash" and seq_len % _SPLASH_BLOCK:
-        raise UserError(f"data.seq_len={seq_len} is no multiple of {_SPLASH_BLOCK}, which model.attention=splash "
+    if seq_len % _BLOCK.get(name, 1):
+        raise UserError(f"data.seq_len={seq_len} is no multiple of {_BLOCK[name]}, which model.attention={name} "
                         "needs: change one of them.")
+    for size in head_sizes:
+        if name == "flash" and (size < 16 or size & (size - 1)):
+            raise UserError(f"model.attention=flash needs heads of a power of two, 16 at least, but model.num_heads or "
+                            f"model.generator_heads makes heads of {size}: change them, or set model.attention=xla.")
 
 
 def rotate(x_BLHK: Array, position_ids_BL: Array, theta: float) -> Array:
@@ -141,6 +146,25 @@ def splash(q_BLHK: Array, k_BLHK: Array, v_BLHK: Array, piece_ids_BL: Array) -> 
     return attend(q_BHLK, k_BHLK, v_BHLK, piece_ids_BL).swapaxes(1, 2)
 
 
+def flash(qkv_BLTHK: Array, piece_ids_BL: Array, seeds: Array, threshold: int) -> Array:
+    """Flash attention with dropout as Pallas kernels for GPUs (flash.py); `seeds` and `threshold` as of Dropout."""
+    # Pallas is slow to import.
+    from electra_jax import flash as kernels
+
+    # A head's number in the whole batch, so that a mesh drops what one device would.
+    B, _, _, H, _ = qkv_BLTHK.shape
+    number_BH = jnp.arange(B * H, dtype=jnp.uint32).reshape(B, H)
+    attend = functools.partial(kernels.flash, threshold=threshold, interpret=INTERPRET)
+    mesh = context_mesh()
+    if mesh is not None:    # as in splash
+        heads = "tensor" if H % mesh.shape["tensor"] == 0 else None
+        of_rows = (PartitionSpec(BATCH_AXES, None, None, heads), PartitionSpec(BATCH_AXES),
+                   PartitionSpec(BATCH_AXES, heads), PartitionSpec())
+        attend = jax.shard_map(attend, mesh=mesh, in_specs=of_rows, out_specs=PartitionSpec(BATCH_AXES, None, heads),
+                               check_vma=False)
+    return attend(qkv_BLTHK, piece_ids_BL, number_BH, seeds)
+
+
 class Attention(nn.Module):
     """Bidirectional multi-head self-attention among the tokens of one piece (Vaswani et al. 2017)."""
 
@@ -167,6 +191,11 @@ class Attention(nn.Module):
             out = cudnn(q_BLHK, k_BLHK, v_BLHK, piece_ids_BL, a.packed)
         elif a.attention == "splash":
             out = splash(q_BLHK, k_BLHK, v_BLHK, piece_ids_BL)
+        elif a.attention == "flash":
+            # With learned positions query, key and value are where the product left them.
+            stacked = (jnp.stack([q_BLHK, k_BLHK, v_BLHK], 2) if a.positions == "rotary"
+                       else qkv.reshape(B, L, 3, a.num_heads, a.head_size))
+            out = flash(stacked, piece_ids_BL, *Dropout(a.attention_dropout).seeds(deterministic))
         else:
             keep_BHLL, scale = Dropout(a.attention_dropout).draw((B, a.num_heads, L, L), deterministic)
             out = plain(q_BLHK, k_BLHK, v_BLHK, piece_ids_BL, keep_BHLL, scale)

@@ -42,8 +42,8 @@ def get_config() -> ml_collections.ConfigDict:
     m.initializer_range = 0.02       # standard deviation of the truncated normal
     m.hidden_dropout = 0.1           # after embeddings, attention output and feed-forward output
     m.attention_dropout = 0.1        # on attention probabilities
-    m.attention = "xla"              # "xla", or flash attention, which needs attention_dropout 0: "cudnn" (NVIDIA GPU,
-    #                                  bfloat16), "splash" (TPU, data.seq_len a multiple of 128)
+    m.attention = "xla"              # "xla", or flash attention: "flash" (NVIDIA GPU); without attention_dropout also
+    #                                  "cudnn" (NVIDIA GPU, bfloat16), "splash" (TPU, data.seq_len a multiple of 128)
     m.scan_layers = False            # compile one layer and loop over it: faster to compile, a little slower to run
     m.scan_unroll = 1                # layers a turn of that loop; all of them on a GPU: no loop, and few, large updates
     m.remat = "none"                 # recompute in the backward pass: "none", "dots" (keep matmul results) or "full"
@@ -162,7 +162,7 @@ _CHOICES = {
     "model.sharing": ("embeddings", "all", "none"),
     "model.positions": ("absolute", "rotary"),
     "model.norm": ("post", "pre"),
-    "model.attention": ("xla", "cudnn", "splash"),
+    "model.attention": ("xla", "flash", "cudnn", "splash"),
     "model.remat": ("none", "dots", "full"),
     "model.dtype": ("float32", "bfloat16"),
     "objective.name": ("electra", "mlm"),

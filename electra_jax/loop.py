@@ -21,7 +21,7 @@ def check_mesh(config) -> None:
     model.generator_architecture(config.model)
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_divides(config, mesh)
-    attention.check(config.model.attention, config.data.seq_len, mesh)
+    attention.check(config.model.attention, config.data.seq_len, mesh, model.head_sizes(config.model))
 
 
 # With the seed they decide which tokens a step sees.

@@ -56,6 +56,11 @@ def generator_architecture(model) -> Architecture:
     )
 
 
+def head_sizes(model) -> list[int]:
+    """Returns the head sizes of discriminator and generator."""
+    return [discriminator_architecture(model).head_size, generator_architecture(model).head_size]
+
+
 def differences(ours, theirs) -> dict[str, tuple[Any, Any]]:
     """Returns the fields, with both values, in which two `model` sections make different functions of parameters of
     equal shapes."""

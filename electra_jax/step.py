@@ -51,7 +51,7 @@ def build(config, mesh: Mesh, special_ids: dict[str, int], num_tokens: int | Non
     attention does not run on it. `train_step` and `train_steps` donate their state.
     """
     sharding.check_divides(config, mesh)
-    attention.check(config.model.attention, config.data.seq_len, mesh)
+    attention.check(config.model.attention, config.data.seq_len, mesh, model.head_sizes(config.model))
     objective = Objective(config, special_ids, num_tokens)
     tx = optimizer.build(config.optimizer)
     root = jax.random.key(config.run.seed)

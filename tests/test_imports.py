@@ -12,7 +12,8 @@ PACKAGE = Path(__file__).parent.parent / "electra_jax"
 # What each module may import of the package, besides `config`.
 ALLOWED = {
     "config": set(), "objectives": set(), "optimizer": {"sharding"}, "runtime": set(), "metrics": set(), "show": set(),
-    "layers": set(), "attention": {"layers", "sharding"}, "model": {"attention", "layers", "sharding"}, "chunks": set(),
+    "layers": set(), "attention": {"flash", "layers", "sharding"}, "flash": {"layers"},
+    "model": {"attention", "layers", "sharding"}, "chunks": set(),
     "cli": set(), "checkpoint": {"runtime"}, "sharding": set(),
     "step": {"attention", "chunks", "metrics", "model", "objectives", "optimizer", "sharding"},
     "loop": {"attention", "checkpoint", "metrics", "model", "optimizer", "runtime", "sharding", "show", "step",

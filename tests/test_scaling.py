@@ -3,8 +3,11 @@
 import importlib.util
 import json
 import math
+import os
+import subprocess
 import sys
 import types
+from pathlib import Path
 
 import jax
 import pytest
@@ -13,6 +16,8 @@ import tiny
 from electra_jax import config as config_lib
 from electra_jax.tools import hlo, roofline, scaling, targets
 from electra_jax.tools.roofline import CHIPS, GIB
+
+REPO = Path(__file__).parent.parent
 
 # --- The roofline ---------------------------------------------------------------------------------
 
@@ -319,6 +324,8 @@ def test_a_library_call_reads_and_writes_but_its_scratch_does_not_count():
     idle = PARAMETERS + "  ROOT %out = f32[8]{0} slice(%t)"
     without = hlo.traffic(fused(idle, "%table", "f32[8]{0}"))
     assert hlo.traffic(fused(idle, "%table", "f32[8]{0}", call)) - without == ROWS + IDS + ROWS
+    twice = call.replace("(%rows, %ids)", "(%rows, %ids, %rows)")    # one array under two names
+    assert hlo.traffic(fused(idle, "%table", "f32[8]{0}", twice)) - without == ROWS + IDS + ROWS
     marked = call.replace("__cublas$lt$matmul", "AllocateBuffer")
     assert hlo.traffic(fused(idle, "%table", "f32[8]{0}", marked)) == without
     assert [hlo.kernels(fused(idle, "%table", "f32[8]{0}", more)) for more in ("", call, marked)] == [1, 2, 1]
@@ -462,6 +469,9 @@ def test_results_are_lines_of_json_or_a_table(monkeypatch, capsys, without_cuda)
     assert first["what"] == "formula" and "kernels" not in first
     assert first["params"] == 14_196_219 and first["compute_ms"] == second["compute_ms"]
     assert first["exposed_ms"] < second["exposed_ms"]      # over the network
+    code, out, _ = command(monkeypatch, capsys, "--topology=h100:8", "--rows-per-chip=64", "--label=named so")
+    named = json.loads(out)
+    assert named.pop("label") == "named so" and named == first
     code, out, _ = command(monkeypatch, capsys, "--topology=h100:8", "--rows-per-chip=64", "--markdown")
     head, rule, row = out.splitlines()
     assert head.count("|") == rule.count("|") == row.count("|") and "| h100:8 |" in row
@@ -507,6 +517,75 @@ def test_the_step_compiles_for_gpus():
     assert not one["collectives"] and two["collectives"]["all-reduce"]["mib"] > 0 and two["mesh"] == {"data": 2}
 
 
+@pytest.mark.skipif(not CUDA, reason="JAX's plugin for CUDA is not installed")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_flash_attention_compiles_for_gpus_and_keeps_the_probabilities_out_of_memory(tmp_path, dtype):
+    found = {}
+    for name in ("xla", "flash"):
+        config = tiny.config(model__num_layers=2, model__dtype=dtype, model__attention=name, data__seq_len=256,
+                             model__max_positions=256, model__attention_dropout=0.1, data__batch_size=16,
+                             model__hidden_size=32, model__num_heads=2, model__generator_size=0.5)
+        found[name] = scaling.compile_report(config, "h100:2", 0.5, str(tmp_path))
+        text = (tmp_path / "h100_2.hlo").read_text()
+        kernels = {kernel: text.count(f'name = "{kernel}"') for kernel in ("flash_forward", "flash_backward")}
+        assert all(bool(count) == (name == "flash") for count in kernels.values()), kernels
+        assert (",256,256]" in text) == (name == "xla")
+    assert found["flash"]["hbm_traffic_gib"] < found["xla"]["hbm_traffic_gib"]
+
+
 def test_gpus_that_fill_no_nodes_are_refused_in_one_line(monkeypatch, capsys):
     code, out, error = command(monkeypatch, capsys, "--topology=h100:12")
     assert code == 2 and not out and error.count("\n") == 1 and "--topology=h100:12" in error and "eight" in error
+
+
+# --- benchmarks/run.sh paper ----------------------------------------------------------------------
+
+
+def paper(folder, *sections, **variables):
+    environment = os.environ | {"RESULTS": str(folder / "results.jsonl"), "WORK": str(folder / "work")} | variables
+    return subprocess.run(["bash", "benchmarks/run.sh", "paper", *sections], cwd=REPO, env=environment, text=True,
+                          capture_output=True)
+
+
+def test_the_programs_on_paper_are_configs_that_fit_their_slices(monkeypatch, tmp_path):
+    stub = tmp_path / "python"     # in place of all compilations: writes down what it is told
+    stub.write_text(f"#!/bin/bash\n[[ $1 != -m ]] || (IFS=$'\\t'; echo \"$*\" >> {tmp_path}/calls)\n")
+    stub.chmod(0o755)
+    done = paper(tmp_path, PYTHON=str(stub), EXTRA="--config.model.num_layers=2 --config.model.vocab_size=99")
+    assert done.returncode == 0, done.stderr
+    seen = []
+
+    def run(config, options):
+        if options.what == "compile":
+            for name, shape in map(roofline.parse_topology, options.topology.split(",")):
+                mesh = types.SimpleNamespace(shape=scaling.mesh_sizes(config.mesh, math.prod(shape)))
+                seen.append((options.label, name, config.model.attention, mesh.shape["fsdp"]))
+                config.data.batch_size = options.rows_per_chip * math.prod(shape) or config.data.batch_size
+                scaling.sharding.check_divides(config, mesh)
+        assert config.model.num_layers == 2 and config.model.dtype == "bfloat16"
+        return iter([])
+
+    monkeypatch.setattr(scaling, "run", run)
+    monkeypatch.chdir(REPO)
+    labels = set()
+    for line in (tmp_path / "calls").read_text().splitlines():
+        monkeypatch.setattr(sys, "argv", line.split("\t")[1:])
+        labels.add(sys.argv[1])
+        assert scaling.main() == 0, line
+    assert labels == {f"--label=paper {section}" for section in ("v5e", "programs", "largest", "curves", "h100")}
+    assert [label for label, *_ in seen] == 5 * ["paper v5e"] + 7 * ["paper programs"] + 4 * ["paper largest"] + (
+        18 * ["paper h100"])
+    assert {name for label, name, *_ in seen if label == "paper h100"} == {"h100"}
+    assert sum(attention == "cudnn" for *_, attention, _ in seen) == 5 and ("paper programs", "v5e", "xla", 16) in seen
+
+
+def test_a_section_without_its_compiler_fails_and_says_so(tmp_path):
+    (tmp_path / "jax_plugins").mkdir()      # hides an installed plugin for CUDA
+    (tmp_path / "jax_plugins/__init__.py").touch()
+    done = paper(tmp_path, "h100", "curves", PYTHON=sys.executable, PYTHONPATH=f"{tmp_path}:{REPO}")
+    lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert done.returncode == 1 and "paper h100: skipped, JAX's plugin for CUDA is not installed" in done.stderr
+    assert {line["label"] for line in lines} == {"paper curves"} and "## paper curves" in done.stdout
+    assert {line["what"] for line in lines} == {"weak", "strong"} and "| v5e:16x16 | 12 | 768 |" in done.stdout
+    failed = paper(tmp_path, "v5e", PYTHON="false")
+    assert failed.returncode == 1 and "paper v5e: failed" in failed.stderr

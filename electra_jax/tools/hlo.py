@@ -204,7 +204,9 @@ def traffic(hlo: str) -> float:
     for count, body in _outside_fusions(bodies):
         hbm, sizes = {i.name: sum(i.sizes()) for i in body}, {i.name: sum(i.sizes(hbm=False)) for i in body}
         for i in filter(_works, body):
-            operands = [hbm.get(operand, 0.0) for operand in i.operands]
+            # Of a kernel that gets one array several times, as flash attention its queries, keys and values.
+            once = dict.fromkeys(i.operands) if i.opcode == "custom-call" else i.operands
+            operands = [hbm.get(operand, 0.0) for operand in once]
             if i.opcode in _COPIES:
                 # What arrives in vector memory was read once; a copy within main memory writes as well.
                 moved = min(filter(None, i.sizes(hbm=False)), default=0.0)

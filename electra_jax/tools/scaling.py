@@ -5,7 +5,8 @@
   python -m electra_jax.tools.scaling --config=configs/base.py --what=curves --topology=v5e,h100 --rows-per-chip=32
   python -m electra_jax.tools.scaling --config=configs/large.py --what=largest --topology=v5e:4x4,h100:8
 
-Prints a line of JSON for each result, with --markdown a table. All figures are a chip's and a step's.
+Prints a line of JSON for each result, with --markdown a table. All figures are a chip's and a step's. `--label` is a
+name that every line carries.
 
 `--what=compile` compiles the train step of `step.build` for each topology and reads from the program: bytes of
 arguments, temporaries and donated (aliased) state, the compiler's FLOPs and bytes of memory traffic, and the
@@ -74,9 +75,10 @@ from electra_jax.tools.roofline import (
 VOCAB_SIZE = 30_522
 
 # Bytes of the formulas below, for the attention of plain XLA in bfloat16 with dropout. Fitted to ten programs of small,
-# base, large and two larger models compiled for v5e and v5p, of whose memory they give 0.73 to 1.14, of whose traffic
-# 0.58 to 1.22; a change of the step moves them. Kept for the backward pass: by feed-forward width and L x L probability
-# a token and layer, and by logit. Traffic: by parameter, width, and probability.
+# base, large and two larger models compiled for v5e and v5p. Of fourteen (benchmarks/run.sh paper) they give 0.73 to
+# 1.14 of the memory, without remat 0.58 to 1.24 of the traffic; a change of the step moves them. Kept for the backward
+# pass: by feed-forward width and L x L probability a token and layer, and by logit. Traffic: by parameter, width, and
+# probability.
 _KEPT_F, _KEPT_S, _KEPT_V = 4.0, 4.1, 30.0
 _TRAFFIC_STATE, _TRAFFIC_D, _TRAFFIC_S = 28.0, 82.0, 60.0
 # Share of a chip's memory up to which `largest` trusts the formula.
@@ -231,8 +233,8 @@ def largest(config, name: str, shape: tuple[int, ...], attainable: float) -> dic
         if not found:
             break
         *_, steps, remat, fsdp, result = min(found, key=lambda item: item[:2])
-        best = {"what": "largest", "layers": layers, "hidden_size": width, "remat": remat, "accumulation": steps,
-                } | describe(config, name, shape, chip, result, attainable)
+        best = {"what": "largest", "remat": remat, "accumulation": steps} | describe(config, name, shape, chip, result,
+                                                                                     attainable)
     if best is None:
         raise UserError(f"data.batch_size={config.data.batch_size} fits no model on {name}: give a multiple of "
                         f"{chips}.")
@@ -247,6 +249,7 @@ def describe(config, name: str, shape: tuple[int, ...], chip: Chip, result: dict
     chips = math.prod(shape)
     out = {"topology": f"{name}:{'x'.join(map(str, shape))}", "chips": chips,
            "mesh": {axis: size for axis, size in result["mesh"].items() if size > 1},
+           "layers": config.model.num_layers, "hidden_size": config.model.hidden_size,
            "batch_size": config.data.batch_size, "rows_per_chip": config.data.batch_size / chips,
            "seq_len": config.data.seq_len, "attainable": attainable}
     out |= {"params": result["params"]} if "params" in result else {}
@@ -279,7 +282,8 @@ def compile_report(config, topology: str, attainable: float, dump: str = "") -> 
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         used = re.search(r"[^.:]*\([\d.]+\w\) exceeds available HBM \([\d.]+\w\)", str(error))
-        return {"what": "compile", "topology": topology, "batch_size": config.data.batch_size, "fits": False,
+        return {"what": "compile", "topology": topology, "layers": config.model.num_layers,
+                "hidden_size": config.model.hidden_size, "batch_size": config.data.batch_size, "fits": False,
                 "reason": used[0].strip() if used else str(error).splitlines()[0][:300]}
     found, devices = result.pop("collectives"), result.pop("devices")
     times, kinds = {True: 0.0, False: 0.0}, {}
@@ -299,6 +303,8 @@ def compile_report(config, topology: str, attainable: float, dump: str = "") -> 
     fits = result["peak_bytes"] <= chip.hbm_bytes
     return {"what": "compile", "fits": fits} | describe(config, name, shape, chip, result, attainable) | {
         **({} if chip.dimensions else {"kernels": result["kernels"]}),
+        "attention": config.model.attention, "attention_dropout": config.model.attention_dropout,
+        "scan_unroll": config.model.scan_unroll if config.model.scan_layers else None,     # None: no loop over layers
         "remat": config.model.remat, "accumulation": config.optimizer.accumulation_steps,
         "state_aliased": result["state_aliased"], "compile_s": result["compile_s"],
         "model_gflops": round(result["model_flops"] / 1e9, 1),
@@ -321,13 +327,14 @@ _COLUMNS = {
 }
 
 
-def show(results: Iterator[dict], what: str, markdown: bool) -> None:
-    """Prints each result as it comes: a line of JSON, or a row of a Markdown table."""
+def show(results: Iterator[dict], what: str, markdown: bool, label: str = "") -> None:
+    """Prints each result as it comes: a line of JSON under `label`, or a row of a Markdown table."""
     if markdown:
         print("| " + " | ".join(_COLUMNS[what]) + " |\n|" + "---|" * len(_COLUMNS[what]), flush=True)
+    named = {"label": label} if label else {}
     for result in results:
         cells = [_cell(result.get(column, "")) for column in _COLUMNS[what]]
-        print("| " + " | ".join(cells) + " |" if markdown else json.dumps(result), flush=True)
+        print("| " + " | ".join(cells) + " |" if markdown else json.dumps(named | result), flush=True)
 
 
 def _cell(value: Any) -> str:
@@ -368,13 +375,14 @@ def main() -> int:
     parser.add_argument("--attainable", type=float, default=0.5, help="share of the peak that matrix products reach")
     parser.add_argument("--dump", default="", help="folder for the text of the compiled programs")
     parser.add_argument("--markdown", action="store_true", help="print a table instead of JSON")
+    parser.add_argument("--label", default="", help="a name for the results")
     own = []    # the options, and what is left
 
     def read() -> None:
         own.extend(parser.parse_known_args())
 
     return cli.exit_code(read) or cli.run_main(
-        lambda config, workdir: show(run(config, own[0]), own[0].what, own[0].markdown),
+        lambda config, workdir: show(run(config, own[0]), own[0].what, own[0].markdown, own[0].label),
         config_lib.validate, argv=[sys.argv[0], *own[1]])
 
 
